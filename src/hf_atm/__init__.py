@@ -1,0 +1,68 @@
+"""hf-atm: multi-task models by alternating tuning and merging, in the Hugging Face ecosystem.
+
+Names are imported on first use, so that `import hf_atm.merging` needs neither transformers nor peft.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ATMArguments": "config",
+    "ATMCallback": "callbacks",
+    "ATMConfig": "config",
+    "ATMMixin": "trainer",
+    "ATMSeq2SeqTrainer": "trainer",
+    "ATMTrainer": "trainer",
+    "MergeReport": "rounds",
+    "MultiTaskConfig": "modeling",
+    "MultiTaskModel": "modeling",
+    "RoundPlan": "schedule",
+    "TaskDataset": "data",
+    "list_merge_methods": "merging",
+    "merge_state_dicts": "merging",
+    "register_merge_method": "merging",
+}
+
+__all__ = [
+    "ATMArguments",
+    "ATMCallback",
+    "ATMConfig",
+    "ATMMixin",
+    "ATMSeq2SeqTrainer",
+    "ATMTrainer",
+    "MergeReport",
+    "MultiTaskConfig",
+    "MultiTaskModel",
+    "RoundPlan",
+    "TaskDataset",
+    "list_merge_methods",
+    "merge_state_dicts",
+    "register_merge_method",
+]
+
+if TYPE_CHECKING:
+    from .callbacks import ATMCallback
+    from .config import ATMArguments, ATMConfig
+    from .data import TaskDataset
+    from .merging import list_merge_methods, merge_state_dicts, register_merge_method
+    from .modeling import MultiTaskConfig, MultiTaskModel
+    from .rounds import MergeReport
+    from .schedule import RoundPlan
+    from .trainer import ATMMixin, ATMSeq2SeqTrainer, ATMTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
