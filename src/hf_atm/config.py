@@ -1,0 +1,228 @@
+"""The loop's settings: a dataclass to mix into any TrainingArguments."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+
+from .merging import check_merge_kwargs
+
+
+_CHOICES = {
+    "optimizer_policy": ("reset", "keep", "per_task", "per_task_second_moment"),
+    "lr_schedule_scope": ("segment", "run"),
+    "lora_merge_mode": ("delta", "svd", "adapter"),
+}
+
+# Optimizers that keep their state in parameter groups, where clearing `state` does not reach it.
+_GROUP_STATE_OPTIMIZERS = ("schedule_free", "prodigy", "dadapt")
+
+
+@dataclass
+class ATMArguments:
+    """Settings of alternating tuning and merging (https://huggingface.co/papers/2411.03055).
+
+    Mix it into a host's arguments, mixin first: `@dataclass class ATMSFTConfig(ATMArguments, SFTConfig)`. Every field
+    parses from the command line, YAML and JSON with `HfArgumentParser`; dictionaries may be JSON strings.
+    """
+
+    num_rounds: int = field(
+        default=10, metadata={"help": "Rounds: each tunes every task once and ends with one merge. At least 1."}
+    )
+    local_epochs: float = field(
+        default=1.0,
+        metadata={"help": "Epochs each task is tuned within a round; fractions are allowed. Above 0."},
+    )
+    local_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps per task and round; replaces `local_epochs`. At least 1."}
+    )
+    merge_method: str = field(default="mean", metadata={"help": "Any name from `hf_atm.list_merge_methods()`."})
+    merge_kwargs: dict | str | None = field(
+        default_factory=dict,
+        metadata={"help": "Parameters of the merge method as a JSON object, such as '{\"density\": 0.2}'."},
+    )
+    outer_learning_rate: float | str | None = field(
+        default=1.0,
+        metadata={
+            "help": "Step size of the merge: a number above 0, or 'norm' for the data-free scale that gives the merged "
+            "update the root-mean-square norm of the task vectors."
+        },
+    )
+    outer_momentum: float = field(
+        default=0.0, metadata={"help": "Momentum of the merge step over rounds, in [0, 1). 0 switches it off."}
+    )
+    outer_nesterov: bool = field(
+        default=True, metadata={"help": "Use Nesterov momentum in the merge step; no effect without `outer_momentum`."}
+    )
+    task_weights: dict | str | None = field(
+        default="uniform",
+        metadata={"help": "'uniform', 'num_examples', or a JSON object {task: weight} that names every task."},
+    )
+    max_task_vector_norm: float | str | None = field(
+        default=None,
+        metadata={"help": "Clip every task vector to this L2 norm: a number above 0, or 'mean' for the round's mean."},
+    )
+    optimizer_policy: str = field(
+        default="reset",
+        metadata={
+            "help": "What an optimizer remembers from one segment to the next: 'reset' nothing, 'keep' everything, "
+            "'per_task' each task's own moments, 'per_task_second_moment' each task's second moment only."
+        },
+    )
+    full_batch: bool = field(
+        default=False,
+        metadata={"help": "Accumulate a whole local epoch into one optimizer step: exact gradient descent."},
+    )
+    lr_schedule_scope: str = field(
+        default="segment",
+        metadata={"help": "'segment' restarts the learning rate schedule with each task, 'run' spans all rounds."},
+    )
+    lora_merge_mode: str = field(
+        default="delta",
+        metadata={
+            "help": "'delta' adds the exact merged update to the base weights, 'svd' compresses it back into the "
+            "adapter's rank, 'adapter' merges A and B as if they were weights."
+        },
+    )
+    freeze_heads: bool = field(
+        default=False, metadata={"help": "Keep the heads as given (zero-shot text heads) instead of training them."}
+    )
+    task_specific_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Name patterns of parameters each task keeps to itself, never merged (heads always are)."},
+    )
+    task_parallel: bool = field(
+        default=False, metadata={"help": "Reserved: tasks spread over processes. Not available yet."}
+    )
+    task_vector_device: str = field(
+        default="cpu", metadata={"help": "Device that holds the round's base and task vectors."}
+    )
+    keep_task_vectors: bool = field(
+        default=False,
+        metadata={
+            "help": "Hold every task vector until the merge even where a running sum would do: exact cosines and "
+            "`trainer.task_vectors`, for one more copy of the weights per task."
+        },
+    )
+    eval_experts: bool = field(
+        default=False,
+        metadata={"help": "Evaluate each tuned model on its own task before the merge (needs `eval_dataset`)."},
+    )
+    round_table: bool = field(default=True, metadata={"help": "Print a table of scores at each round's end."})
+
+    def __post_init__(self) -> None:
+        for name in ("merge_kwargs", "task_weights"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lstrip().startswith("{"):
+                setattr(self, name, json.loads(value))
+        self.merge_kwargs = dict(self.merge_kwargs or {})
+        self.task_weights = self.task_weights or "uniform"
+        self.outer_learning_rate = _number_or("outer_learning_rate", self.outer_learning_rate, "norm") or 1.0
+        self.max_task_vector_norm = _number_or("max_task_vector_norm", self.max_task_vector_norm, "mean")
+        self._check_fields()
+        # One epoch of the Trainer is one round; whatever the host counts in epochs, it counts in rounds.
+        self.num_train_epochs = float(self.num_rounds)
+        host_post_init = getattr(super(), "__post_init__", None)
+        if host_post_init is not None:
+            host_post_init()
+            check_host_arguments(self)
+
+    def _check_fields(self) -> None:
+        for name, minimum in (("num_rounds", 1), ("local_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} is {value}; it must be at least {minimum}.")
+        if not (self.local_epochs > 0 and math.isfinite(self.local_epochs)):
+            raise ValueError(f"local_epochs is {self.local_epochs}; it must be above 0.")
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"outer_momentum is {self.outer_momentum}; it must lie in [0, 1).")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
+        if isinstance(self.task_weights, str) and self.task_weights not in ("uniform", "num_examples"):
+            hint = " 'loss_gap' is not available yet." if self.task_weights == "loss_gap" else ""
+            raise ValueError(
+                f"task_weights is {self.task_weights!r}; use 'uniform', 'num_examples' or {{task: weight}}.{hint}"
+            )
+        if self.task_parallel:
+            raise ValueError("task_parallel=True is not available yet; leave it off and tasks take turns.")
+        if self.full_batch and self.local_steps is not None:
+            raise ValueError(
+                f"full_batch makes each segment one optimizer step, so local_steps={self.local_steps} contradicts it; "
+                "leave local_steps unset."
+            )
+        if self.full_batch and self.local_epochs != 1:
+            raise ValueError(f"full_batch accumulates one whole epoch; local_epochs={self.local_epochs} must be 1.")
+        check_merge_kwargs(self.merge_method, self.merge_kwargs)
+
+
+@dataclass
+class ATMConfig(ATMArguments, TrainingArguments):
+    """[`~transformers.TrainingArguments`] with the settings of the loop."""
+
+
+def check_host_arguments(args: Any) -> None:
+    """Refuse, in one sentence each, the Trainer's options that would break the plan of rounds.
+
+    Raises:
+        ValueError: naming the option, its value and the way out.
+    """
+    accelerator = args.accelerator_config
+    refused: list[tuple[bool, str]] = [
+        (args.max_steps > 0, f"max_steps={args.max_steps} would cut a round; set num_rounds and local_steps instead"),
+        (bool(args.deepspeed), "DeepSpeed keeps its own copy of the weights and would not see a merge; run on DDP"),
+        (bool(args.fsdp), "FSDP shards the weights that a merge rewrites, which is not supported yet; run on DDP"),
+        (args.auto_find_batch_size, "auto_find_batch_size changes the plan of steps; choose a batch size"),
+        (
+            args.train_sampling_strategy not in ("random", "sequential"),
+            f"train_sampling_strategy={args.train_sampling_strategy!r} reorders examples across tasks; use 'random' "
+            "or 'sequential'",
+        ),
+        (
+            args.dataloader_persistent_workers,
+            "dataloader_persistent_workers=True would freeze the data order at the first round; leave it off",
+        ),
+        (args.ignore_data_skip, "ignore_data_skip=True would resume a round with the wrong task's data; leave it off"),
+        (getattr(accelerator, "split_batches", False), "accelerator_config.split_batches=True is not supported"),
+        (bool(getattr(accelerator, "dispatch_batches", None)), "accelerator_config.dispatch_batches is not supported"),
+        (
+            args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
+            f"lr_scheduler_type={args.lr_scheduler_type} follows an evaluation, not the step; choose another schedule",
+        ),
+        (
+            args.optimizer_policy != "keep"
+            and any(name in str(args.optim).lower() for name in _GROUP_STATE_OPTIMIZERS),
+            f"optim={args.optim} keeps state that optimizer_policy={args.optimizer_policy!r} cannot reach; use "
+            "optimizer_policy='keep' or another optimizer",
+        ),
+        (
+            args.load_best_model_at_end and args.eval_strategy != IntervalStrategy.EPOCH,
+            "load_best_model_at_end needs eval_strategy='epoch' (once per round), since a step inside a round holds "
+            "one task's weights",
+        ),
+        (
+            args.save_strategy == SaveStrategy.BEST and args.eval_strategy != IntervalStrategy.EPOCH,
+            "save_strategy='best' needs eval_strategy='epoch' (once per round)",
+        ),
+        (args.batch_eval_metrics, "batch_eval_metrics=True is not supported; leave it off"),
+    ]
+    for wrong, reason in refused:
+        if wrong:
+            raise ValueError(f"{reason}.")
+
+
+def _number_or(name: str, value: float | str | None, word: str) -> float | str | None:
+    if value is None or value == word:
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; use a number above 0 or '{word}'.") from None
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} is {value!r}; it must be above 0, or '{word}'.")
+    return number

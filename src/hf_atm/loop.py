@@ -1,0 +1,370 @@
+"""The loop's state inside a Trainer: what happens at the boundaries of segments and rounds."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from accelerate.utils import broadcast
+
+from .callbacks import ATMCallback
+from .checkpoint import REPORT_NAME, load_tensors, load_values, save_state, write_json
+from .data import RoundDataset, segment_length
+from .moments import OptimizerMemory
+from .outer import OuterOptimizer, task_weights
+from .parameters import ParameterGroups
+from .rounds import DivergenceError, MergeReport, RoundState
+from .schedule import RoundPlan
+from .seeding import derive_seed, seed_everything
+
+
+_STATE_VERSION = 1
+# What the report knows of rounds done and of the round in progress.
+_PROGRESS = ("records", "seconds", "segment_loss", "round_losses", "expert_metrics", "expert_scores")
+
+
+class ATMLoop:
+    """Everything alternating tuning and merging keeps beside the Trainer.
+
+    Args:
+        trainer: the host trainer, fully constructed.
+        datasets (`Mapping[str, Sequence]`): prepared training data per task.
+    """
+
+    def __init__(self, trainer: Any, datasets: Mapping[str, Sequence]) -> None:
+        self.trainer = trainer
+        # Sorted, so that the order in which a user writes the tasks down changes nothing.
+        self.datasets = dict(sorted(datasets.items()))
+        self.records: list[dict[str, Any]] = []
+        self.resume_from: str | None = None
+        self.scoring = False
+        self._reset_progress()
+        self.plan_run()
+        self._set_up()
+
+    # ---- Setting up ----
+
+    @property
+    def args(self) -> Any:
+        return self.trainer.args
+
+    def plan_run(self) -> None:
+        """Lay out rounds, segments and data from the arguments as they are now."""
+        args = self.args
+        self.global_batch = self.trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.num_examples = {task: len(dataset) for task, dataset in self.datasets.items()}
+        lengths = {
+            task: segment_length(
+                task, size, self.global_batch, args.local_epochs, args.local_steps, args.dataloader_drop_last
+            )
+            for task, size in self.num_examples.items()
+        }
+        if args.full_batch:
+            self._check_full_batch()
+        self.plan = RoundPlan(tuple(lengths), tuple(lengths.values()), args.num_rounds)
+        self.round_dataset = RoundDataset(
+            self.datasets,
+            self.plan,
+            self.global_batch,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy != "sequential",
+        )
+
+    def _check_full_batch(self) -> None:
+        for task, size in self.num_examples.items():
+            if size != self.global_batch:
+                raise ValueError(
+                    f"full_batch needs every task to fill one optimizer step exactly: task {task!r} has {size} "
+                    f"examples and a step takes {self.global_batch}; give all tasks the same number of examples and "
+                    "set gradient_accumulation_steps to that number / (per_device_train_batch_size x processes)."
+                )
+
+    def _set_up(self) -> None:
+        """Group the model's parameters and prepare the round; refuses what cannot be merged exactly."""
+        args, model = self.args, self.trainer.model
+        self.groups = ParameterGroups(model, list(self.plan.tasks))
+        self.rounds = RoundState(
+            self.groups.space(args.lora_merge_mode, args.task_vector_device),
+            list(self.plan.tasks),
+            task_weights(args.task_weights, self.num_examples),
+            args.merge_method,
+            args.merge_kwargs,
+            OuterOptimizer(args.outer_learning_rate, args.outer_momentum, args.outer_nesterov),
+            args.max_task_vector_norm,
+            args.keep_task_vectors,
+            model,
+        )
+        self.memory = OptimizerMemory(args.optimizer_policy)
+
+    def _reset_progress(self) -> None:
+        self.seconds = {"tuning": 0.0, "merging": 0.0, "evaluating": 0.0}
+        self.segment_loss = [0.0, 0.0]
+        self.round_losses: dict[str, float] = {}
+        self.expert_metrics: dict[str, dict[str, float]] = {}
+        self.expert_scores: dict[str, float] = {}
+
+    def add_dataset(self, task: str, dataset: Any) -> None:
+        """Take in another task between runs."""
+        self.datasets = dict(sorted({**self.datasets, task: dataset}.items()))
+        self.plan_run()
+        self._set_up()
+
+    def count_evaluation(self, seconds: float) -> None:
+        """Book wall time spent on evaluation."""
+        self.seconds["evaluating"] += seconds
+
+    # ---- Events ----
+
+    def begin_training(self, state: Any) -> None:
+        self._set_up()
+        self._reset_progress()
+        self._last_logged = state.global_step
+        if self.resume_from is not None:
+            self._load(state)
+        else:
+            self.records = []
+            self.rounds.open()
+        self.resume_from = None
+        self._open_segment(self.plan.locate(state.global_step).task)
+
+    def begin_step(self, state: Any, control: Any) -> Any:
+        position = self.plan.locate(state.global_step)
+        if position.offset:
+            return control
+        if position.task == self.plan.tasks[0]:
+            self.round_losses = {}
+            control = self.emit("on_round_begin", state, control, round=position.round)
+        # Each segment draws from its own stream: what a task sees does not depend on the tasks before it.
+        seed_everything(derive_seed(self.args.seed, position.round, position.task, self.args.process_index))
+        self.memory.begin(self.trainer.optimizer, position.task)
+        self._open_segment(position.task)
+        return self.emit("on_task_begin", state, control, round=position.round, task=position.task)
+
+    def _open_segment(self, task: str) -> None:
+        self.private_backup = self.groups.private_values(task)
+        self._segment_clock = perf_counter()
+        self._evaluating_before = self.seconds["evaluating"]
+
+    def end_step(self, state: Any, control: Any) -> Any:
+        segment = self.plan.closed_by(state.global_step)
+        if segment is None:
+            return control
+        evaluating = self.seconds["evaluating"] - self._evaluating_before
+        self.seconds["tuning"] += perf_counter() - self._segment_clock - evaluating
+        task = segment.task
+        if self.args.eval_experts:
+            self.expert_metrics[task], self.expert_scores[task] = self.trainer.evaluate_expert(task)
+        clock = perf_counter()
+        if self.args.world_size > 1:
+            for buffer in self.rounds.statistics.values():
+                buffer.copy_(broadcast(buffer.clone()))
+        try:
+            norm = self.rounds.capture(task)
+            control = self.emit("on_task_end", state, control, round=segment.round, task=task, task_vector_norm=norm)
+            self.memory.end(self.trainer.optimizer, task)
+            report = None
+            if self.plan.is_round_end(state.global_step):
+                report = self.rounds.merge(segment.round)
+            else:
+                self.rounds.restore()
+        except DivergenceError as error:
+            raise self._undo(error) from None
+        self._synchronise_schedule(state.global_step)
+        self.seconds["merging"] += perf_counter() - clock
+        if report is not None:
+            control = self._close_round(report, state, control)
+        if self.args.logging_strategy != "no":
+            # A logged loss never averages two tasks.
+            control.should_log = True
+        return control
+
+    def _close_round(self, report: MergeReport, state: Any, control: Any) -> Any:
+        report.seconds = dict(self.seconds)
+        self.records.append(
+            {
+                **report.to_dict(),
+                "global_step": state.global_step,
+                "losses": self.round_losses,
+                "experts": self.expert_metrics or None,
+                "expert_scores": self.expert_scores,
+                "metrics": None,
+                "scores": {},
+                "metric_names": {},
+            }
+        )
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self.expert_metrics, self.expert_scores = {}, {}
+        return self.emit("on_round_end", state, control, round=report.round, merge_report=report)
+
+    def end_training(self, state: Any) -> None:
+        """A run that stops inside a round leaves the last merged weights, unless the best ones were just loaded."""
+        loaded_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if loaded_best:
+            self.rounds.load_weights(load_tensors(state.best_model_checkpoint))
+        elif not self.plan.is_round_end(state.global_step):
+            self.rounds.restore()
+        if state.is_world_process_zero:
+            self.write_report()
+
+    def emit(self, event: str, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Call `event` of every [`ATMCallback`]; other callbacks do not know it."""
+        handler = self.trainer.callback_handler
+        for callback in handler.callbacks:
+            if isinstance(callback, ATMCallback):
+                result = getattr(callback, event)(
+                    self.args,
+                    state,
+                    control,
+                    model=handler.model,
+                    processing_class=handler.processing_class,
+                    optimizer=handler.optimizer,
+                    lr_scheduler=handler.lr_scheduler,
+                    train_dataloader=handler.train_dataloader,
+                    eval_dataloader=handler.eval_dataloader,
+                    **kwargs,
+                )
+                control = control if result is None else result
+        return control
+
+    def _synchronise_schedule(self, step: int) -> None:
+        # A step that gradient scaling skips does not advance the schedule; segments must not inherit the lag.
+        scheduler = self.trainer.lr_scheduler
+        if self.trainer._created_lr_scheduler and scheduler.last_epoch != step:
+            scheduler.last_epoch = step - 1
+            scheduler.step()
+
+    # ---- Divergence ----
+
+    def _undo(self, error: DivergenceError) -> DivergenceError:
+        self.rounds.restore()
+        self.groups.write_private(self.private_backup)
+        return DivergenceError(f"{error} The model holds the last merged weights again.")
+
+    def check_log(self, state: Any, logs: Mapping[str, float]) -> None:
+        """Stop as soon as a logged loss or gradient norm shows divergence."""
+        # Under fp16 an infinite gradient norm is routine: the scaler skips that step.
+        names = ("loss",) if self.args.fp16 else ("loss", "grad_norm")
+        for name in names:
+            value = logs.get(name)
+            if value is not None and not math.isfinite(value):
+                task = self.plan.locate(max(state.global_step - 1, 0)).task
+                message = (
+                    f"{name} became {value} while tuning task {task!r} (step {state.global_step}); lower "
+                    "learning_rate, check the task's labels, or leave the task out."
+                )
+                raise self._undo(DivergenceError(message))
+
+    # ---- Logging and report ----
+
+    def describe(self, logs: dict[str, float], step: int) -> None:
+        """Add round, task and the task's own loss to a training log, and remember the loss for the report."""
+        position = self.plan.locate(step - 1)
+        logs["round"] = position.round
+        logs["task"] = self.plan.tasks.index(position.task)
+        logs[f"loss_{position.task}"] = logs["loss"]
+        steps, self._last_logged = step - self._last_logged, step
+        self.segment_loss[0] += logs["loss"] * steps
+        self.segment_loss[1] += steps
+        if self.plan.closed_by(step) is not None:
+            # The record of a finished round holds this very dictionary.
+            self.round_losses[position.task] = self.segment_loss[0] / self.segment_loss[1]
+            self.segment_loss = [0.0, 0.0]
+
+    def attach_metrics(self, state: Any, metrics: Mapping[str, float]) -> bool:
+        """Put an evaluation of merged weights into the round's record; `False` when it belongs to none."""
+        if not self.records or not self.trainer.is_in_train:
+            return False
+        record = self.records[-1]
+        if record["global_step"] != state.global_step or "eval_loss" not in metrics:
+            return False
+        record["metrics"] = {name: value for name, value in metrics.items() if name != "epoch"}
+        record["scores"], record["metric_names"] = self.trainer.scores(metrics)
+        # An evaluation at a round's end comes after its record was made.
+        record["seconds"]["evaluating"] += self.seconds["evaluating"]
+        self.seconds["evaluating"] = 0.0
+        return True
+
+    def write_report(self) -> None:
+        """Write `atm_report.json`."""
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        write_json(os.path.join(self.args.output_dir, REPORT_NAME), {"rounds": self.records})
+
+    # ---- Checkpoints ----
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to continue bit by bit."""
+        args = self.args
+        return {
+            "tasks": list(self.plan.tasks),
+            "num_rounds": args.num_rounds,
+            "steps_per_segment": list(self.plan.lengths),
+            "num_examples": list(self.num_examples.values()),
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "processes": args.world_size,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "train_sampling_strategy": args.train_sampling_strategy,
+            "merge_method": args.merge_method,
+            "merge_kwargs": args.merge_kwargs,
+            "task_weights": args.task_weights,
+            "outer": [args.outer_learning_rate, args.outer_momentum, args.outer_nesterov],
+            "max_task_vector_norm": args.max_task_vector_norm,
+            "optimizer_policy": args.optimizer_policy,
+            "lr_schedule_scope": args.lr_schedule_scope,
+            "lora_merge_mode": args.lora_merge_mode,
+            "keep_task_vectors": args.keep_task_vectors,
+            "task_specific_modules": list(args.task_specific_modules),
+            "model": self.groups.digest(),
+        }
+
+    def check_resume(self, folder: str) -> None:
+        """Refuse a checkpoint that this run cannot continue.
+
+        Raises:
+            ValueError: listing every setting that differs, as stored and as now.
+        """
+        stored = load_values(folder)
+        now = self.fingerprint()
+        then = stored.get("fingerprint", {})
+        changed = [
+            f"{name}: {then.get(name)!r} -> {value!r}" for name, value in now.items() if then.get(name) != value
+        ]
+        if stored.get("version") != _STATE_VERSION:
+            changed.append(f"state version: {stored.get('version')} -> {_STATE_VERSION}")
+        if changed:
+            raise ValueError(
+                f"{folder} belongs to a different run ({'; '.join(changed)}); restore these settings, or start anew "
+                "in another output_dir."
+            )
+
+    def save(self, folder: str, step: int) -> None:
+        """Write what the Trainer's own checkpoint lacks."""
+        position = self.plan.locate(step)
+        mid_round = not self.plan.is_round_end(step)
+        values, tensors = self.rounds.state(mid_round)
+        names = {id(parameter): name for name, parameter in self.trainer.model.named_parameters()}
+        moments, moment_values = self.memory.tensors(names, position.task if position.offset else None)
+        tensors |= moments
+        content = {
+            "version": _STATE_VERSION,
+            "fingerprint": self.fingerprint(),
+            "global_step": step,
+            "rounds": values,
+            "moments": moment_values,
+            **{name: getattr(self, name) for name in _PROGRESS},
+        }
+        save_state(folder, content, tensors)
+
+    def _load(self, state: Any) -> None:
+        assert self.resume_from is not None
+        stored, tensors = load_values(self.resume_from), load_tensors(self.resume_from)
+        mid_round = not self.plan.is_round_end(state.global_step)
+        self.rounds.load(stored["rounds"], tensors, mid_round)
+        live = dict(self.trainer.model.named_parameters())
+        self.memory.load(tensors, stored["moments"], live)
+        for name in _PROGRESS:
+            setattr(self, name, stored[name])

@@ -1,0 +1,110 @@
+"""The step from one round's base to the next: task weights, clipping and the outer optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .merging import norm_scale
+
+
+def task_weights(spec: str | Mapping[str, float], num_examples: Mapping[str, int]) -> dict[str, float]:
+    """One weight per task, in the order of `num_examples`.
+
+    Args:
+        spec (`str` or `Mapping[str, float]`): `"uniform"` (all 1), `"num_examples"` (proportional to the tasks' sizes,
+            with mean 1, as FedAvg has it), or the weights themselves.
+        num_examples (`Mapping[str, int]`): training examples per task.
+
+    Raises:
+        KeyError: when a mapping names an unknown task or leaves one out.
+    """
+    tasks = list(num_examples)
+    if spec == "uniform":
+        return dict.fromkeys(tasks, 1.0)
+    if spec == "num_examples":
+        mean = sum(num_examples.values()) / len(tasks)
+        return {task: size / mean for task, size in num_examples.items()}
+    if isinstance(spec, str):
+        raise ValueError(f"task_weights is {spec!r}; use 'uniform', 'num_examples' or {{task: weight}}.")
+    missing, unknown = sorted(set(tasks) - set(spec)), sorted(set(spec) - set(tasks))
+    if missing or unknown:
+        raise KeyError(f"task_weights must name exactly the tasks {tasks}: missing {missing}, unknown {unknown}.")
+    return {task: float(spec[task]) for task in tasks}
+
+
+def clip_factors(norms: Mapping[str, float], limit: float | str | None) -> dict[str, float]:
+    """The factor in (0, 1] that brings each task vector's L2 norm down to `limit`.
+
+    Args:
+        norms (`Mapping[str, float]`): L2 norm per task.
+        limit (`float`, `"mean"` or `None`): a norm, the mean of `norms`, or no clipping.
+    """
+    if limit is None:
+        return dict.fromkeys(norms, 1.0)
+    bound = sum(norms.values()) / len(norms) if limit == "mean" else float(limit)
+    return {task: min(1.0, bound / norm) if norm > 0 else 1.0 for task, norm in norms.items()}
+
+
+class OuterOptimizer:
+    """Adds the merged update to the base: plain, with momentum, or with Nesterov momentum.
+
+    With merged update g, step size gamma and momentum mu: m <- mu m + g, and the base moves by gamma (g + mu m) with
+    Nesterov, by gamma m without, by gamma g when mu is 0. This is `torch.optim.SGD` fed with -g (DiLoCo,
+    https://huggingface.co/papers/2311.08105).
+
+    Args:
+        learning_rate (`float` or `"norm"`): gamma; `"norm"` restores the root-mean-square norm of the task vectors.
+        momentum (`float`, *optional*, defaults to 0.0): mu, in `[0, 1)`; costs one more copy of the shared weights.
+        nesterov (`bool`, *optional*, defaults to `True`): look one step ahead.
+    """
+
+    def __init__(self, learning_rate: float | str = 1.0, momentum: float = 0.0, nesterov: bool = True) -> None:
+        self.learning_rate = learning_rate
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.velocity: dict[str, Tensor] = {}
+
+    def step_size(self, task_vector_norms: list[float], merged_norm: float) -> float:
+        """gamma of this round."""
+        if self.learning_rate == "norm":
+            return norm_scale(task_vector_norms, merged_norm)
+        return float(self.learning_rate)
+
+    def step(self, merged: dict[str, Tensor], step_size: float) -> dict[str, Tensor]:
+        """Turn the merged update into the base's move, in place.
+
+        Args:
+            merged (`dict[str, Tensor]`): fp32, by name; overwritten.
+            step_size (`float`): gamma.
+
+        Returns:
+            `dict[str, Tensor]`: `merged`, now holding what is to be added to the base.
+        """
+        for name, update in merged.items():
+            if self.momentum:
+                velocity = self.velocity.get(name)
+                if velocity is None:
+                    velocity = self.velocity[name] = update.clone()
+                else:
+                    velocity.mul_(self.momentum).add_(update)
+                if self.nesterov:
+                    update.add_(velocity, alpha=self.momentum)
+                else:
+                    update.copy_(velocity)
+            if step_size != 1.0:
+                update.mul_(step_size)
+        return merged
+
+    def last_move(self, merged: dict[str, Tensor], step_size: float) -> dict[str, Tensor]:
+        """The move that `step` just made of `merged`, computed again without stepping; overwrites `merged`."""
+        for name, update in merged.items():
+            if self.momentum:
+                velocity = self.velocity[name]
+                if self.nesterov:
+                    update.add_(velocity, alpha=self.momentum)
+                else:
+                    update.copy_(velocity)
+            update.mul_(step_size)
+        return merged

@@ -1,0 +1,102 @@
+"""Which parameters a merge shares between tasks, and which belong to one task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .lora import LoraSpace
+from .spaces import Space, WeightSpace
+
+
+_HEAD = re.compile(r"(?:^|\.)heads\.([^.]+)\.")
+
+
+def base_model(model: nn.Module) -> Any:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class ParameterGroups:
+    """Sorts a model's trainable parameters into shared and private ones.
+
+    Private are the heads (`heads.<task>.`, when the model has a `heads` module dictionary) and what
+    [`MultiTaskModel.add_task_specific_modules`] marked. They train in their own task's segments and are never merged.
+
+    Args:
+        model (`nn.Module`): the model, PEFT wrapper included.
+        tasks (`Sequence[str]`): the run's tasks.
+
+    Raises:
+        ValueError: when nothing is shared, or a trainable parameter is not float32.
+    """
+
+    def __init__(self, model: nn.Module, tasks: Sequence[str]) -> None:
+        self.model = model
+        inner = base_model(model)
+        has_heads = isinstance(getattr(inner, "heads", None), nn.ModuleDict)
+        own_copies = set(inner.task_specific_parameter_names()) if has_task_specific(inner) else set()
+        self.shared: dict[str, nn.Parameter] = {}
+        self.heads: dict[str, dict[str, nn.Parameter]] = {task: {} for task in tasks}
+        self.copied: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"The trainable parameter {name!r} is {parameter.dtype}, in which small updates vanish; load the "
+                    "model with dtype=torch.float32 and pass bf16=True for speed."
+                )
+            head = _HEAD.search(name) if has_heads else None
+            if head is not None:
+                self.heads.setdefault(head[1], {})[name] = parameter
+            elif name in own_copies:
+                self.copied[name] = parameter
+            else:
+                self.shared[name] = parameter
+        if not self.shared:
+            raise ValueError(
+                "No trainable parameter is shared between the tasks, so there is nothing to merge; unfreeze the "
+                "backbone, or pass peft_config."
+            )
+
+    def space(self, lora_merge_mode: str, device: str) -> Space:
+        """How a merge sees the shared parameters."""
+        if isinstance(self.model, PeftModel) and lora_merge_mode != "adapter":
+            return LoraSpace(self.model, self.shared, lora_merge_mode, device)
+        return WeightSpace(self.shared, device)
+
+    def private_values(self, task: str) -> dict[str, Tensor]:
+        """Copies of what only `task` trains, by name."""
+        private = {**self.heads.get(task, {}), **self.copied}
+        return {name: parameter.detach().clone() for name, parameter in private.items()}
+
+    @torch.no_grad()
+    def write_private(self, values: Mapping[str, Tensor]) -> None:
+        """Counterpart of `private_values`."""
+        private = {name: parameter for head in self.heads.values() for name, parameter in head.items()} | self.copied
+        for name, value in values.items():
+            private[name].copy_(value)
+
+    def digest(self) -> str:
+        """Changes with the model's class and the names and shapes of its parameters."""
+        content = [type(base_model(self.model)).__name__]
+        content += [f"{name}{tuple(parameter.shape)}" for name, parameter in sorted(self.shared.items())]
+        content += [
+            f"{name}{tuple(parameter.shape)}"
+            for head in (*self.heads.values(), self.copied)
+            for name, parameter in sorted(head.items())
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def has_task_specific(model: nn.Module) -> bool:
+    """Whether the model can keep private copies of modules."""
+    return hasattr(model, "task_specific_parameter_names")

@@ -1,0 +1,335 @@
+"""One round's arithmetic: capture task vectors, merge them, step the base. Knows tensors, not the Trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import Sketch, cosines, gram_matrix, squared_norm
+from .merging import get_merge_method, linear_coefficients, merge_buffers, merge_task_vectors, norm_scale
+from .outer import OuterOptimizer, clip_factors
+from .spaces import Space, TaskVector
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class DivergenceError(FloatingPointError):
+    """A loss or task vector became NaN or infinite; the model holds the last merged weights again."""
+
+
+@dataclass
+class MergeReport:
+    """What one merge did.
+
+    Attributes:
+        round: 0-based round.
+        tasks: tasks merged, in the plan's order.
+        method: name of the merge method.
+        weights: weight per task, before any normalisation by the method.
+        task_vector_norms: L2 norm of each round-local task vector, before clipping.
+        cosines: cosine of each pair of task vectors, by task and task.
+        cosines_exact: `False` when the vectors were summed as they came and cosines are estimated to about 0.002.
+        merged_norm: L2 norm of the merged update, before the outer step.
+        step_size: factor between the merged update and the base's move (momentum aside).
+        seconds: wall time spent in this round on `tuning`, `merging` and `evaluating`.
+    """
+
+    round: int
+    tasks: list[str]
+    method: str
+    weights: dict[str, float]
+    task_vector_norms: dict[str, float]
+    cosines: dict[str, dict[str, float]]
+    cosines_exact: bool
+    merged_norm: float
+    step_size: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        return asdict(self)
+
+
+class RoundState:
+    """Base and task vectors of the round in progress.
+
+    A linear merge over whole weights keeps one running sum beside the base: two copies of the shared weights whatever
+    the number of tasks. Everything else keeps one vector per task.
+
+    Args:
+        space (`Space`): the shared part of the model.
+        tasks (`list[str]`): all tasks of a round.
+        weights (`Mapping[str, float]`): weight per task.
+        method (`str`): a registered merge method.
+        merge_kwargs (`Mapping[str, Any]`): its parameters; `scaling_coefficient` may be a number or `"norm"`.
+        outer (`OuterOptimizer`): steps the base.
+        max_norm (`float`, `"mean"` or `None`): clips task vectors.
+        keep (`bool`): hold every task vector even where a sum would do.
+        model (`nn.Module`, *optional*): its batch normalisation statistics are pooled over tasks in every round.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        tasks: list[str],
+        weights: Mapping[str, float],
+        method: str,
+        merge_kwargs: Mapping[str, Any],
+        outer: OuterOptimizer,
+        max_norm: float | str | None = None,
+        keep: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.space = space
+        self.tasks = tasks
+        self.weights = dict(weights)
+        self.method = get_merge_method(method).name
+        self.merge_kwargs = dict(merge_kwargs)
+        self.outer = outer
+        self.max_norm = max_norm
+        self.linear = get_merge_method(method).family == "linear"
+        self.streaming = self.linear and not keep and not space.compact and max_norm != "mean"
+        self.statistics = {
+            name: buffer
+            for name, buffer in (model.named_buffers() if model is not None else ())
+            if name.rpartition(".")[2] in _STATISTICS
+        }
+        self.method_kwargs = {key: value for key, value in merge_kwargs.items() if key != "scaling_coefficient"}
+        if self.linear:
+            coefficients = linear_coefficients(
+                self.method, [self.weights[task] for task in tasks], **self.method_kwargs
+            )
+            self.coefficients = dict(zip(tasks, coefficients, strict=True))
+        self._clear()
+
+    def _clear(self) -> None:
+        self.norms: dict[str, float] = {}
+        self.vectors: dict[str, TaskVector] = {}
+        self.sum: dict[str, Tensor] = {}
+        self.sketches: dict[str, Tensor] = {}
+        self.task_statistics: dict[str, dict[str, Tensor]] = {}
+
+    def open(self) -> None:
+        """Start a round from the live model."""
+        self.base = self.space.snapshot()
+        self.base_statistics = self._read_statistics()
+        self.merged_vectors: dict[str, TaskVector] = {}
+        self._clear()
+
+    @property
+    def finished(self) -> list[str]:
+        """Tasks captured in this round."""
+        return list(self.norms)
+
+    def _read_statistics(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.statistics.items()}
+
+    def capture(self, task: str) -> float:
+        """Take the live model's task vector.
+
+        Returns:
+            `float`: its L2 norm before clipping.
+
+        Raises:
+            DivergenceError: when it holds NaN or infinity; nothing is taken then.
+        """
+        if self.streaming:
+            norm = self._add_to_sum(task)
+        else:
+            vector = self.space.capture(self.base)
+            norm = _norm(vector.values())
+            if math.isfinite(norm):
+                self.vectors[task] = vector
+        if not math.isfinite(norm):
+            raise DivergenceError(
+                f"The task vector of task {task!r} holds NaN or infinity; lower learning_rate, check the task's labels, "
+                "or leave the task out."
+            )
+        self.norms[task] = norm
+        if self.statistics:
+            self.task_statistics[task] = self._read_statistics()
+        return norm
+
+    def _add_to_sum(self, task: str) -> float:
+        shapes = self.space.shapes
+        sketch = Sketch(sum(shape.numel() for shape in shapes.values()), next(iter(self.base.values())).device)
+        scale = self.coefficients[task]
+        if self.max_norm is not None:
+            squares = [squared_norm(self.space.difference(self.base, name)) for name in shapes]
+            scale *= clip_factors({task: math.sqrt(sum(squares))}, self.max_norm)[task]
+        total = 0.0
+        for name in shapes:
+            difference = self.space.difference(self.base, name)
+            total += squared_norm(difference)
+            sketch.add(difference)
+            if name in self.sum:
+                self.sum[name].add_(difference, alpha=scale)
+            else:
+                self.sum[name] = difference.mul_(scale)
+        self.sketches[task] = sketch.values
+        return math.sqrt(total)
+
+    def restore(self) -> None:
+        """Write the round's base back into the live model."""
+        self.space.restore(self.base)
+        self._write_statistics(self.base_statistics)
+
+    @torch.no_grad()
+    def _write_statistics(self, values: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.statistics.items():
+            buffer.copy_(values[name])
+
+    def merge(self, round_index: int) -> MergeReport:
+        """Merge all task vectors, step the base, write it into the live model and begin the next round there.
+
+        Returns:
+            [`MergeReport`]: without `seconds`.
+
+        Raises:
+            DivergenceError: when the merged update holds NaN or infinity; the base stands as it was.
+        """
+        norms = [self.norms[task] for task in self.tasks]
+        merged = self._merged()
+        merged_norm = _norm(merged.values())
+        if not math.isfinite(merged_norm):
+            raise DivergenceError(
+                f"The merge by {self.method!r} in round {round_index} gave NaN or infinity; try another merge_method "
+                "or other merge_kwargs."
+            )
+        self.step_size = self.outer.step_size(norms, merged_norm)
+        angles, exact = self._cosines()
+        self.space.advance(self.base, self.outer.step(merged, self.step_size))
+        if self.statistics:
+            pooled = merge_buffers(
+                [self.task_statistics[task] for task in self.tasks],
+                self.base_statistics,
+                [self.weights[task] for task in self.tasks],
+            )
+            self._write_statistics(pooled)
+        # The next round starts here. Small vectors stay for export; large ones have done their work.
+        self.base_statistics = self._read_statistics()
+        self.merged_vectors = self.vectors if self.space.compact else {}
+        self._clear()
+        return MergeReport(
+            round=round_index,
+            tasks=list(self.tasks),
+            method=self.method,
+            weights=dict(self.weights),
+            task_vector_norms=dict(zip(self.tasks, norms, strict=True)),
+            cosines=angles,
+            cosines_exact=exact,
+            merged_norm=merged_norm,
+            step_size=self.step_size,
+        )
+
+    def _merged(self) -> dict[str, Tensor]:
+        factors = clip_factors(self.norms, self.max_norm)
+        for task, vector in self.vectors.items():
+            vector.factor = factors[task]
+        merged = self.sum if self.streaming else self.merge_vectors(self.vectors)
+        scale = self.merge_kwargs.get("scaling_coefficient", 1.0)
+        if scale == "norm":
+            norms = [self.norms[task] * factors[task] for task in self.tasks]
+            scale = norm_scale(norms, _norm(merged.values()))
+        self.scale = float(scale)
+        if self.scale != 1.0:
+            for tensor in merged.values():
+                tensor.mul_(self.scale)
+        return merged
+
+    def merge_vectors(self, vectors: Mapping[str, TaskVector]) -> dict[str, Tensor]:
+        """What the round's method makes of task vectors, before its scale and the outer step."""
+        return merge_task_vectors(
+            [vectors[task] for task in self.tasks],
+            method=self.method,
+            weights=[self.weights[task] for task in self.tasks],
+            names=self.tasks,
+            **self.method_kwargs,
+        )
+
+    def linear_shares(self) -> dict[str, float] | None:
+        """How much of each task vector the last move held, when that is all the move was; `None` otherwise."""
+        if self.outer.momentum or not self.linear:
+            return None
+        return {
+            task: self.coefficients[task] * self.scale * self.step_size * vector.factor
+            for task, vector in self.merged_vectors.items()
+        }
+
+    def last_move(self) -> dict[str, Tensor]:
+        """The last move of the base, computed again from the vectors that were kept."""
+        merged = self.merge_vectors(self.merged_vectors)
+        for tensor in merged.values():
+            tensor.mul_(self.scale)
+        return self.outer.last_move(merged, self.step_size)
+
+    def _cosines(self) -> tuple[dict[str, dict[str, float]], bool]:
+        if self.streaming:
+            gram = gram_matrix([{"sketch": self.sketches[task]} for task in self.tasks])
+        else:
+            gram = gram_matrix([self.vectors[task] for task in self.tasks])
+        rows = cosines(gram).tolist()
+        exact = not self.streaming or sum(shape.numel() for shape in self.space.shapes.values()) <= Sketch.width
+        return {
+            task: dict(zip(self.tasks, row, strict=True)) for task, row in zip(self.tasks, rows, strict=True)
+        }, exact
+
+    def state(self, mid_round: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a checkpoint must hold beside the Trainer's own: JSON-ready values, and tensors by dotted name."""
+        tensors = {f"outer.velocity.{name}": tensor for name, tensor in self.outer.velocity.items()}
+        tensors |= {f"weights.{name}": tensor for name, tensor in self.space.checkpoint_weights().items()}
+        if not mid_round:
+            return {}, tensors
+        tensors |= {f"base.{name}": tensor for name, tensor in self.base.items()}
+        tensors |= {f"base_statistics.{name}": tensor for name, tensor in self.base_statistics.items()}
+        tensors |= {f"sum.{name}": tensor for name, tensor in self.sum.items()}
+        tensors |= {f"sketch.{task}": tensor for task, tensor in self.sketches.items()}
+        for kind, by_task in (
+            ("task_vectors", {task: vector.tensors for task, vector in self.vectors.items()}),
+            ("task_statistics", self.task_statistics),
+        ):
+            for task, values in by_task.items():
+                tensors |= {f"{kind}.{task}.{name}": tensor for name, tensor in values.items()}
+        return {"norms": self.norms}, tensors
+
+    def load(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], mid_round: bool) -> None:
+        """Counterpart of `state`; the live model already holds the checkpoint's weights."""
+        self.outer.velocity = _group(tensors, "outer.velocity", self.space)
+        self.load_weights(tensors)
+        self.open()
+        if not mid_round:
+            return
+        self.base = _group(tensors, "base", self.space)
+        self.base_statistics = _under(tensors, "base_statistics")
+        self.norms = {task: float(norm) for task, norm in values["norms"].items()}
+        self.sum = _group(tensors, "sum", self.space)
+        self.sketches = _group(tensors, "sketch", self.space)
+        for task in self.norms:
+            if not self.streaming:
+                stored = _group(tensors, f"task_vectors.{task}", self.space)
+                self.vectors[task] = self.space.revive(self.base, stored)
+            if self.statistics:
+                self.task_statistics[task] = _under(tensors, f"task_statistics.{task}")
+
+    def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load the weights that a checkpoint of the Trainer lacks, from `tensors` as `state` gave them."""
+        self.space.load_checkpoint_weights(_under(tensors, "weights"))
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(squared_norm(tensor) for tensor in tensors))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _group(tensors: Mapping[str, Tensor], prefix: str, space: Space) -> dict[str, Tensor]:
+    device = getattr(space, "device", "cpu")
+    return {name: tensor.to(device) for name, tensor in sorted(_under(tensors, prefix).items())}

@@ -1,0 +1,531 @@
+"""Alternating tuning and merging inside a Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from time import perf_counter
+from typing import Any
+
+import datasets as hf_datasets
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from . import checkpoint, checks
+from .adapters import merged_state_dict, save_expert_adapters
+from .callbacks import LastWordCallback, RoundCallback
+from .config import ATMArguments
+from .data import TaskCollator, TaskDataset
+from .evaluation import TaskMetrics, aggregate, scores_of, task_metrics
+from .learning_rate import learning_rate_multiplier
+from .loop import ATMLoop
+from .lora import LoraSpace
+from .parameters import base_model, has_task_specific
+from .seeding import isolated_rng
+
+
+_OTHER_TRAIN_SETS = "train/"
+
+
+class ATMMixin:
+    """Turns a Trainer into one that alternates tuning and merging; put it first among the bases.
+
+    One call of `train()` is the whole run, one epoch is one round, one contiguous block of steps is one task. Works
+    with any trainer whose `get_train_dataloader`, `_get_train_sampler` and `create_scheduler` are `Trainer`'s own:
+    `class ATMSFTTrainer(ATMMixin, SFTTrainer)` with `@dataclass class ATMSFTConfig(ATMArguments, SFTConfig)`.
+
+    Args:
+        model: as the host takes it; a [`MultiTaskModel`], or a model without heads (every task is a data set).
+        args: the host's arguments with [`ATMArguments`] mixed in.
+        data_collator (`Callable` or `dict[str, Callable]`, *optional*): one for all tasks, or one per task.
+        train_dataset (`dict[str, Dataset]`): a map-style data set per task.
+        eval_dataset (`dict[str, Dataset]`, *optional*): likewise.
+        processing_class (*optional*): as the host takes it.
+        compute_metrics (`Callable` or `dict[str, Callable]`, *optional*): one for all tasks, or one per task; the
+            first metric each returns is what averages are made of.
+        peft_config (`PeftConfig`, *optional*): trains an adapter instead of all weights; heads are added to it.
+        kwargs: everything else the host takes.
+
+    Raises:
+        ValueError: in one sentence, for whatever would fail or mislead later.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Callable | Mapping[str, Callable] | None = None,
+        train_dataset: Mapping[str, Any] | None = None,
+        eval_dataset: Mapping[str, Any] | None = None,
+        processing_class: Any = None,
+        *,
+        compute_metrics: Callable | Mapping[str, Callable] | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_host(type(self), args)
+        train_sets = checks.check_datasets("train_dataset", train_dataset)
+        tasks = sorted(train_sets)
+        eval_sets = {} if eval_dataset is None else checks.check_datasets("eval_dataset", eval_dataset)
+        for name, value in (
+            ("eval_dataset", eval_sets or None),
+            ("compute_metrics", compute_metrics),
+            ("data_collator", data_collator),
+        ):
+            if isinstance(value, Mapping):
+                checks.check_keys(name, value, tasks)
+        if not eval_sets and (args.eval_strategy != "no" or args.eval_experts):
+            wish = "eval_experts=True" if args.eval_strategy == "no" else f"eval_strategy={str(args.eval_strategy)!r}"
+            raise ValueError(f"{wish} needs eval_dataset={{task: dataset}}.")
+        if getattr(args, "eval_packing", None) not in (None, getattr(args, "packing", None)):
+            raise ValueError("eval_packing must equal packing, since the host prepares all data sets alike.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas would not see a merge; start "
+                "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if model is not None and not isinstance(model, str):
+            model = self._prepare_model(model, args, tasks)
+            checks.check_labels(base_model(model), "train_dataset", train_sets)
+            checks.check_labels(base_model(model), "eval_dataset", eval_sets)
+        if args.full_batch and args.gradient_accumulation_steps == 1:
+            per_step = args.per_device_train_batch_size * args.world_size
+            args.gradient_accumulation_steps = max(1, len(train_sets[tasks[0]]) // per_step)
+        if peft_config is not None:
+            peft_config = _with_heads(peft_config, model, args)
+            if "peft_config" in inspect.signature(super().__init__).parameters:
+                kwargs["peft_config"] = peft_config
+            else:
+                model = get_peft_model(model, peft_config)
+        metrics = None if compute_metrics is None else TaskMetrics(compute_metrics)
+        # A host prepares one training set and a dictionary of evaluation sets; the other training sets ride along.
+        prepared = {f"{_OTHER_TRAIN_SETS}{task}": train_sets[task] for task in tasks[1:]} | eval_sets
+        super().__init__(  # type: ignore[call-arg]
+            model=model,
+            args=args,
+            data_collator=None if isinstance(data_collator, Mapping) else data_collator,
+            train_dataset=train_sets[tasks[0]],
+            eval_dataset=prepared or None,
+            processing_class=processing_class,
+            compute_metrics=metrics,
+            **kwargs,
+        )
+        self._join(tasks, data_collator)
+
+    # Attributes the host sets; declared for the type checker.
+    model: Any
+    args: Any
+    state: TrainerState
+
+    def _prepare_model(self, model: Any, args: Any, tasks: list[str]) -> Any:
+        inner = base_model(model)
+        known = getattr(getattr(inner, "config", None), "tasks", None)
+        if isinstance(known, Mapping) and set(known) != set(tasks):
+            checks.check_keys("train_dataset", tasks, list(known))
+        if args.task_specific_modules:
+            if not has_task_specific(inner):
+                raise ValueError(
+                    f"task_specific_modules needs a model that stores a copy per task, and {type(inner).__name__} does "
+                    "not; wrap its backbone with MultiTaskModel.from_backbone."
+                )
+            if isinstance(model, PeftModel):
+                raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
+            inner.add_task_specific_modules(list(args.task_specific_modules))
+        if args.freeze_heads:
+            heads = getattr(inner, "heads", None)
+            if heads is None:
+                raise ValueError(f"freeze_heads=True needs a model with heads, and {type(inner).__name__} has none.")
+            heads.requires_grad_(False)
+        return model
+
+    def _join(self, tasks: list[str], data_collator: Any) -> None:
+        """Take the prepared data sets apart again and put the loop in place."""
+        host: Any = self
+        prepared = host.eval_dataset or {}
+        train_sets = {tasks[0]: host.train_dataset}
+        train_sets |= {task: prepared[f"{_OTHER_TRAIN_SETS}{task}"] for task in tasks[1:]}
+        eval_sets = {task: prepared[task] for task in tasks if task in prepared}
+        host.eval_dataset = {task: self._as_task(task, dataset) for task, dataset in eval_sets.items()} or None
+        host._set_signature_columns_if_needed()
+        forward = inspect.signature(base_model(self.model).forward).parameters
+        host.data_collator = TaskCollator(
+            host.data_collator,
+            data_collator if isinstance(data_collator, Mapping) else None,
+            add_task="task" in forward,
+            columns=host._signature_columns if self.args.remove_unused_columns else None,
+        )
+        host.is_in_train = False
+        self.atm = ATMLoop(self, {task: self._without_unused(dataset) for task, dataset in train_sets.items()})
+        handler = host.callback_handler
+        handler.callbacks.insert(0, RoundCallback(self.atm))
+        handler.callbacks.append(LastWordCallback(self.atm))
+        for callback in handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback):
+                # Between backward and step the dropout masks of the step are already drawn: wait for its end.
+                callback.on_pre_optimizer_step = TrainerCallback().on_pre_optimizer_step  # type: ignore[method-assign]
+        self._written: set[str] = set()
+        self._staging: str | None = None
+
+    def _without_unused(self, dataset: Any) -> Any:
+        if isinstance(dataset, hf_datasets.Dataset):
+            return self._remove_unused_columns(dataset, description="training")  # type: ignore[attr-defined]
+        return dataset
+
+    def _as_task(self, task: str, dataset: Any) -> TaskDataset:
+        return dataset if isinstance(dataset, TaskDataset) else TaskDataset(self._without_unused(dataset), task)
+
+    # ---- What a user asks for ----
+
+    @property
+    def round(self) -> int:
+        """0-based round of the next optimizer step."""
+        return self.atm.plan.locate(self.state.global_step).round
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """One record per finished round, as in `atm_report.json`."""
+        return self.atm.records
+
+    @property
+    def base_state(self) -> dict[str, torch.Tensor]:
+        """The round's base by parameter name, float32; empty before training."""
+        return dict(getattr(self.atm.rounds, "base", {}))
+
+    @property
+    def task_vectors(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """This round's finished task vectors, by task and parameter name, float32.
+
+        Raises:
+            RuntimeError: when they were added up as they came; `keep_task_vectors=True` keeps them.
+        """
+        if self.atm.rounds.streaming:
+            raise RuntimeError(
+                f"merge_method={self.args.merge_method!r} keeps a running sum of the task vectors; set "
+                "keep_task_vectors=True to hold each of them."
+            )
+        return dict(self.atm.rounds.vectors)
+
+    def add_task(
+        self, name: str, train_dataset: Any, eval_dataset: Any = None, compute_metrics: Callable | None = None
+    ) -> None:
+        """Add a task before the next call of `train()`; a [`MultiTaskModel`] gets its head first, with its `add_task`.
+
+        Args:
+            name (`str`): the new task.
+            train_dataset (`Dataset`): its examples, prepared as the model takes them.
+            eval_dataset (`Dataset`, *optional*): needed when the other tasks have one.
+            compute_metrics (`Callable`, *optional*): needed when the other tasks have one each.
+
+        Raises:
+            RuntimeError: during `train()`, whose plan is fixed.
+        """
+        host: Any = self
+        if host.is_in_train:
+            raise RuntimeError("add_task during train() would change the plan of a run under way; call it after.")
+        checks.check_keys("add_task", [name], [name])
+        if name in self.atm.datasets:
+            raise ValueError(f"There is a task {name!r} already; choose another name.")
+        checks.check_datasets("train_dataset", {name: train_dataset})
+        checks.check_labels(base_model(self.model), "train_dataset", {name: train_dataset})
+        if (host.eval_dataset is not None) != (eval_dataset is not None):
+            raise ValueError(f"Task {name!r} must have an eval_dataset exactly when the other tasks have one.")
+        functions = None if host.compute_metrics is None else host.compute_metrics.functions
+        if isinstance(functions, Mapping):
+            if compute_metrics is None:
+                raise ValueError(f"Task {name!r} needs compute_metrics, as the other tasks have one each.")
+            host.compute_metrics.functions = {**functions, name: compute_metrics}
+        if eval_dataset is not None:
+            host.eval_dataset = dict(sorted({**host.eval_dataset, name: self._as_task(name, eval_dataset)}.items()))
+        self.atm.add_dataset(name, self._without_unused(train_dataset))
+        # The optimizer must learn of the new head.
+        host.optimizer = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Run all rounds; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint's folder, or `True` for the last
+                complete one in `output_dir`. Continues bit by bit, from any step.
+
+        Raises:
+            ValueError: when the checkpoint belongs to a different run, or `output_dir` already holds one.
+            DivergenceError: when a loss or task vector becomes NaN or infinite; the model then holds the last merged
+                weights.
+        """
+        folder = self._resolve_resume(resume_from_checkpoint, searching=bool(args or kwargs.get("trial")))
+        self.atm.plan_run()
+        if folder is not None:
+            self.atm.check_resume(folder)
+        self.atm.resume_from = folder
+        self._written.add(self.args.output_dir)
+        return super().train(folder, *args, **kwargs)  # type: ignore[misc]
+
+    def _resolve_resume(self, resume: str | bool | None, searching: bool) -> str | None:
+        output_dir = self.args.output_dir
+        if resume is None or resume is False:
+            traces = checkpoint.traces_of_a_run(output_dir)
+            if traces and not searching and output_dir not in self._written:
+                raise ValueError(
+                    f"output_dir {output_dir!r} holds another run ({', '.join(traces[:3])}); pass "
+                    "resume_from_checkpoint=True to continue it, or choose another folder."
+                )
+            return None
+        if self.args.should_save:
+            checkpoint.recover(output_dir)
+        self.args.distributed_state.wait_for_everyone()
+        if resume is not True:
+            return str(resume)
+        found = checkpoint.checkpoints(output_dir)
+        if not found:
+            raise ValueError(
+                f"output_dir {output_dir!r} holds no complete checkpoint to resume from; start without "
+                "resume_from_checkpoint, or name another folder."
+            )
+        return found[-1]
+
+    # ---- What the host calls ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        self.atm.plan_run()
+        return self._get_dataloader(  # type: ignore[attr-defined]
+            self.atm.round_dataset,
+            "Training",
+            self._train_batch_size,  # type: ignore[attr-defined]
+            sampler_fn=SequentialSampler,
+            is_training=True,
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        host: Any = self
+        if host.lr_scheduler is None:
+            multiplier = learning_rate_multiplier(self.atm.plan, self.args)
+            host.lr_scheduler = LambdaLR(host.optimizer if optimizer is None else optimizer, multiplier)
+            host._created_lr_scheduler = True
+        return host.lr_scheduler
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        host: Any = self
+        if "loss" in logs and host.is_in_train and not self.atm.scoring:
+            self.atm.describe(logs, self.state.global_step)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **gen_kwargs: Any,
+    ) -> dict[str, float]:
+        """Evaluate every task with its own head, collator and metrics; one log and one `on_evaluate` for all.
+
+        Args:
+            eval_dataset (`dict[str, Dataset]` or `TaskDataset`, *optional*): instead of the one given at
+                construction; may hold some of the tasks.
+            ignore_keys, metric_key_prefix, gen_kwargs: as the host takes them.
+
+        Returns:
+            `dict[str, float]`: `<prefix>_<task>_<metric>`, `<prefix>_<task>_loss`, `<prefix>_loss` (mean over tasks),
+            `<prefix>_average` and `<prefix>_worst` (of each task's first metric), `<prefix>_runtime` in seconds.
+        """
+        host: Any = self
+        sets = host.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(sets, TaskDataset):
+            sets = {sets.task: sets}
+        if not isinstance(sets, Mapping):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)  # type: ignore[misc]
+        unknown = sorted(set(sets) - set(self.atm.plan.tasks))
+        if unknown:
+            raise KeyError(f"eval_dataset names unknown tasks {unknown}; the tasks are {list(self.atm.plan.tasks)}.")
+        started = perf_counter()
+        metrics: dict[str, float] = {}
+        for task in sorted(sets):
+            metrics |= self._score(task, self._as_task(task, sets[task]), ignore_keys, metric_key_prefix, **gen_kwargs)
+        metrics |= aggregate(metrics, metric_key_prefix, sorted(sets), self._primary())
+        metrics[f"{metric_key_prefix}_runtime"] = round(perf_counter() - started, 4)
+        self.log(metrics)
+        host.control = host.callback_handler.on_evaluate(self.args, self.state, host.control, metrics)
+        return metrics
+
+    def _score(
+        self, task: str, dataset: TaskDataset, ignore_keys: list[str] | None, prefix: str, **gen_kwargs: Any
+    ) -> dict[str, float]:
+        """One task's metrics, silently: no callback, no log entry, no random number used up."""
+        host: Any = self
+        handler, history = host.callback_handler, self.state.log_history
+        callbacks, length, started = handler.callbacks, len(history), perf_counter()
+        handler.callbacks, self.atm.scoring = [], True
+        if host.compute_metrics is not None:
+            host.compute_metrics.task = task
+        try:
+            with isolated_rng():
+                result = super().evaluate(dataset, ignore_keys, f"{prefix}_{task}", **gen_kwargs)  # type: ignore[misc]
+            logged = {name: value for entry in history[length:] for name, value in entry.items()}
+        finally:
+            handler.callbacks, self.atm.scoring = callbacks, False
+            if host.compute_metrics is not None:
+                host.compute_metrics.task = None
+            del history[length:]
+            self.atm.count_evaluation(perf_counter() - started)
+        return task_metrics({**logged, **result}, prefix, task)
+
+    def _primary(self) -> dict[str, str]:
+        metrics = getattr(self, "compute_metrics", None)
+        return {} if metrics is None else metrics.primary
+
+    def scores(self, metrics: Mapping[str, float], prefix: str = "eval") -> tuple[dict[str, float], dict[str, str]]:
+        """Each task's first metric in the result of `evaluate`: values and names by task."""
+        return scores_of(metrics, prefix, list(self.atm.plan.tasks), self._primary())
+
+    def evaluate_expert(self, task: str) -> tuple[dict[str, float], float | None]:
+        """Metrics of the model as it is on one task, and the first of them."""
+        host: Any = self
+        metrics = self._score(task, host.eval_dataset[task], None, "eval")
+        scores, _ = self.scores(metrics)
+        own = len(f"eval_{task}_")
+        return {name[own:]: value for name, value in metrics.items()}, scores.get(task)
+
+    def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; a [`TaskDataset`] says which task's head, collator and metrics apply."""
+        metrics = getattr(self, "compute_metrics", None)
+        if metrics is not None:
+            metrics.task = getattr(test_dataset, "task", None)
+        return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
+
+    # ---- Saving ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return getattr(self, "_staging", None) or super()._get_output_dir(trial)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir, step = self._get_output_dir(trial), self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        writes = self.args.should_save
+        barrier = self.args.distributed_state.wait_for_everyone
+        with checkpoint.staged_checkpoint(run_dir, name, writes, barrier) as staging:
+            self._staging = staging
+            try:
+                folder = os.path.join(staging, name)
+                if writes and not self.args.save_only_model:
+                    self.atm.save(folder, step)
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            finally:
+                self._staging = None
+            if self.state.best_global_step:
+                best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+                if self.state.best_global_step == step or os.path.isdir(best):
+                    self.state.best_model_checkpoint = best
+                if writes:
+                    self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(os.path.join(run_dir, name))  # type: ignore[misc]
+        if writes:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # `_save_checkpoint` pushes once the checkpoint has its final name.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the merged model, ready for `from_pretrained`.
+
+        With an adapter and `lora_merge_mode="delta"` that is the whole model, its weights holding the merged updates;
+        otherwise what the host saves. Adapters of the last round's experts go to `adapters/<task>/`.
+        """
+        space = self.atm.rounds.space
+        if _internal_call or not isinstance(space, LoraSpace):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        host: Any = self
+        if space.mode == "delta":
+            # The host saves the plain model inside the adapter, under the names it has without one.
+            wrapped, host.model = host.model, base_model(host.model)
+            try:
+                host._save(output_dir, state_dict=merged_state_dict(wrapped, space))
+            finally:
+                host.model = wrapped
+        else:
+            super().save_model(output_dir, _internal_call=True)  # type: ignore[misc]
+        if self.args.should_save:
+            save_expert_adapters(host.model, self.atm.rounds, output_dir, self.args.hub_model_id or output_dir)
+        if self.args.push_to_hub:
+            host.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's, with the tags `atm` and `model-merging`."""
+        tags = kwargs.get("tags") or []
+        kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "atm", "model-merging"]
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+
+
+class ATMTrainer(ATMMixin, Trainer):
+    """[`~transformers.Trainer`] that alternates tuning and merging; see [`ATMMixin`] for the arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _set_loss_scaling(self)
+
+
+class ATMSeq2SeqTrainer(ATMMixin, Seq2SeqTrainer):
+    """[`~transformers.Seq2SeqTrainer`] that alternates tuning and merging; see [`ATMMixin`] for the arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _set_loss_scaling(self)
+
+
+def _set_loss_scaling(trainer: Any) -> None:
+    # Many models take **kwargs and ignore num_items_in_batch; believing them would multiply gradients by the
+    # accumulation steps. Only the causal language model loss is known to divide by it.
+    loss_type = getattr(base_model(trainer.model), "loss_type", None)
+    if LOSS_MAPPING.get(loss_type) is not ForCausalLMLoss:
+        trainer.model_accepts_loss_kwargs = False
+
+
+def _check_host(cls: type, args: Any) -> None:
+    if not isinstance(args, ATMArguments):
+        raise ValueError(
+            f"{cls.__name__} needs args with the loop's settings, got {type(args).__name__}; use ATMConfig, or mix "
+            "ATMArguments into the host's: `@dataclass class MyConfig(ATMArguments, SFTConfig)`."
+        )
+    bases = cls.__mro__[cls.__mro__.index(ATMMixin) + 1 :]
+    for name in ("get_train_dataloader", "_get_train_sampler", "create_scheduler"):
+        owner = next((base for base in bases if name in vars(base)), None)
+        if owner is not Trainer:
+            found = "nothing" if owner is None else owner.__name__
+            raise TypeError(
+                f"{cls.__name__} cannot run the loop: {name} comes from {found}, not from transformers.Trainer; use a "
+                "trainer that reads its data as Trainer does (Trainer, Seq2SeqTrainer, SFTTrainer, DPOTrainer, ...)."
+            )
+
+
+def _with_heads(peft_config: PeftConfig, model: Any, args: Any) -> PeftConfig:
+    """Let the heads train beside the adapter, unless they are frozen."""
+    heads = getattr(base_model(model), "heads", None)
+    if args.task_specific_modules:
+        raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
+    if (
+        heads is None
+        or args.freeze_heads
+        or not isinstance(peft_config, LoraConfig)
+        and not hasattr(peft_config, "modules_to_save")
+    ):
+        return peft_config
+    names = [f"heads.{task}" for task in heads]
+    return dataclasses.replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or []), *names])
