@@ -158,7 +158,7 @@ class ATMArguments:
             )
         if self.full_batch and self.local_epochs != 1:
             raise ValueError(f"full_batch accumulates one whole epoch; local_epochs={self.local_epochs} must be 1.")
-        check_merge_kwargs(self.merge_method, self.merge_kwargs)
+        self.merge_kwargs = check_merge_kwargs(self.merge_method, self.merge_kwargs)
 
 
 @dataclass

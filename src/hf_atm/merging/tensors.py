@@ -1,0 +1,141 @@
+"""Ground shared by all merge methods: canonical task order, precision, and checks of the inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """One input of a merge: its name, its weight and its tensors."""
+
+    name: str
+    weight: float
+    tensors: Mapping[str, Tensor]
+
+
+def canonical_tasks(
+    task_vectors: Sequence[Mapping[str, Tensor]], weights: Sequence[float], names: Sequence[str]
+) -> list[Task]:
+    """
+    Sorts the inputs by name, which makes every floating-point sum independent of the order they came in.
+
+    Tasks of weight zero are left out (they neither vote nor take up rank), unless all weights are zero.
+    """
+    tasks = [
+        Task(name, float(weight), tensors) for name, weight, tensors in zip(names, weights, task_vectors, strict=True)
+    ]
+    tasks = sorted(tasks, key=lambda task: task.name)
+    return [task for task in tasks if task.weight != 0] or tasks
+
+
+def sorted_keys(tasks: Sequence[Task]) -> list[str]:
+    """The tensor names, in the order in which every method processes them."""
+    return sorted(tasks[0].tensors)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """One precision up: float32 for half and smaller types, float64 for float32 and float64."""
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of a merged task vector: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def weighted_sum(tensors: Iterable[Tensor], coefficients: Iterable[float]) -> Tensor:
+    """
+    Sum of `coefficient * tensor` in one accumulator, rounded once.
+
+    Args:
+        tensors (`Iterable[Tensor]`):
+            Tensors of one shape; read one at a time, so a generator keeps a single one in memory.
+        coefficients (`Iterable[float]`):
+            As many coefficients.
+
+    Returns:
+        `Tensor`: float64 for float64 inputs, else float32; same shape and device as the first tensor.
+    """
+    total: Tensor | None = None
+    out_dtype = torch.float32
+    for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        tensor = tensor.detach()
+        dtype = accumulation_dtype(tensor.dtype)
+        out_dtype = torch.promote_types(out_dtype, result_dtype(tensor.dtype))
+        if total is None:
+            total = tensor.to(dtype) * coefficient
+        else:
+            total = total.to(torch.promote_types(total.dtype, dtype))
+            total.add_(tensor.to(device=total.device, dtype=total.dtype), alpha=coefficient)
+    if total is None:
+        raise ValueError("A weighted sum needs at least one tensor.")
+    return total.to(out_dtype)
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """Returns the weights as floats, ones if there are none; wrong number or non-finite values raise `ValueError`."""
+    if weights is None:
+        return [1.0] * count
+    values = [float(weight) for weight in weights]
+    if len(values) != count:
+        raise ValueError(f"Got {len(values)} weights for {count} models; give one weight per model.")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"Merge weights must be finite, got {values}.")
+    return values
+
+
+def check_names(names: Sequence[str], count: int) -> list[str]:
+    """Returns the task names as a list; a wrong number or a repeated name raises `ValueError`."""
+    if len(names) != count:
+        raise ValueError(f"Got {len(names)} names for {count} models; give one name per model.")
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if repeated:
+        raise ValueError(f"Task names must differ, but {listed(repeated)} occurs more than once.")
+    return list(names)
+
+
+def check_finite(tensor: Tensor, key: str, task: str) -> None:
+    """Raises `ValueError` that names task and tensor if an entry is infinite or not a number."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"Tensor '{key}' of '{task}' has entries that are not finite; nothing was merged.")
+
+
+def content_names(
+    mappings: Sequence[Mapping[str, Tensor]], weights: Sequence[float], keys: Iterable[str]
+) -> list[str]:
+    """
+    Names for inputs that came without: SHA-256 of their tensors, so that they do not depend on the input order.
+
+    Equal inputs are told apart by their weights, then by a counter. Costs one read of all tensors.
+    """
+    keys = sorted(keys)
+    digests = []
+    for mapping in mappings:
+        digest = hashlib.sha256()
+        for key in keys:
+            tensor = mapping[key].detach()
+            digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digests.append(digest.hexdigest()[:32])
+    names = [""] * len(digests)
+    order = sorted(range(len(digests)), key=lambda index: (digests[index], weights[index]))
+    for rank, index in enumerate(order):
+        first = next(position for position, other in enumerate(order) if digests[other] == digests[index])
+        names[index] = f"{digests[index]}#{rank - first}"
+    return names
+
+
+def listed(items: Sequence[str]) -> str:
+    """Joins names for a message and shortens long lists."""
+    shown = ", ".join(repr(item) for item in items[:MAX_LISTED])
+    return shown if len(items) <= MAX_LISTED else f"{shown} and {len(items) - MAX_LISTED} more"

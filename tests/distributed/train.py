@@ -1,0 +1,60 @@
+"""Trains the tiny model under a launcher and saves what the tests compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from peft import LoraConfig
+from tests.testing_utils import METRICS, TinyModel, make_data, make_trainer, parameters_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--batch-norm", action="store_true")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--resume")
+    parser.add_argument("--settings", type=json.loads, default={})
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = {"colour": 24, "shape": 16, "size": 16}
+    peft = {"peft_config": LoraConfig(r=2, target_modules=["body.0", "body.2"])} if options.lora else {}
+    trainer = make_trainer(
+        options.folder,
+        TinyModel(dropout=options.dropout, batch_norm=options.batch_norm),
+        train_dataset={task: make_data(task, size) for task, size in sizes.items()},
+        # Sizes that no number of processes divides evenly.
+        eval_dataset={task: make_data(task, 13) for task in sizes},
+        compute_metrics=METRICS,
+        eval_strategy="epoch",
+        num_rounds=2,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=4,
+        gradient_accumulation_steps=options.accumulation,
+        logging_steps=1,
+        **peft,
+        **options.settings,
+    )
+    trainer.train(resume_from_checkpoint=options.resume)
+    state = parameters_of(trainer.model)
+    torch.save(state, Path(options.folder, f"state-{trainer.args.process_index}.pt"))
+    if trainer.is_world_process_zero():
+        history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        scores = [record["scores"] for record in trainer.report]
+        content = {"grad_norms": [entry["grad_norm"] for entry in history], "scores": scores}
+        Path(options.folder, "log.json").write_text(json.dumps(content))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
