@@ -31,7 +31,7 @@ from .learning_rate import learning_rate_multiplier
 from .loop import ATMLoop
 from .lora import LoraSpace
 from .parameters import base_model, has_task_specific
-from .seeding import isolated_rng
+from .seeding import derive_seed, isolated_rng
 
 
 _OTHER_TRAIN_SETS = "train/"
@@ -106,7 +106,9 @@ class ATMMixin:
             if "peft_config" in inspect.signature(super().__init__).parameters:
                 kwargs["peft_config"] = peft_config
             else:
-                model = get_peft_model(model, peft_config)
+                # The adapter's first values follow from the seed alone, on every process alike.
+                with isolated_rng(derive_seed(args.seed, "adapter")):
+                    model = get_peft_model(model, peft_config)
         metrics = None if compute_metrics is None else TaskMetrics(compute_metrics)
         # A host prepares one training set and a dictionary of evaluation sets; the other training sets ride along.
         prepared = {f"{_OTHER_TRAIN_SETS}{task}": train_sets[task] for task in tasks[1:]} | eval_sets

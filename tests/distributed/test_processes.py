@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,23 @@ SCRIPT = Path(__file__).with_name("train.py")
 pytestmark = [pytest.mark.distributed]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run(folder, processes, *options, **settings):
     """Run the script and return every process's weights and the log."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        # `--multi_gpu` is the launcher's word for "several processes"; they run on the CPU, over gloo.
+        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0"]
+        command += ["--main_process_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command += [str(SCRIPT), str(folder), *options, "--settings", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     states = [torch.load(folder / f"state-{rank}.pt", weights_only=True) for rank in range(processes)]
     return states, json.loads((folder / "log.json").read_text())

@@ -120,6 +120,21 @@ def test_heads_depend_on_name_and_seed_alone():
     assert not torch.equal(first.state_dict()[weight], first.state_dict()["heads.sst2.classifier.dense.weight"])
 
 
+def test_tasks_of_one_size_get_different_heads():
+    model = MultiTaskModel.from_backbone(
+        make_backbone("bert"), {"a": {"num_labels": 2}, "b": {"num_labels": 2}}, seed=0
+    )
+    assert not torch.equal(model.heads["a"].classifier.weight, model.heads["b"].classifier.weight)
+
+
+def test_a_changed_backbone_is_not_initialised_again():
+    backbone = make_backbone("bert")
+    backbone.pooler.dense = torch.nn.Linear(16, 16)  # without transformers' mark of an initialised module
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    model = MultiTaskModel.from_backbone(backbone, TASKS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.state_dict().items())
+
+
 def test_default_seed_is_torchs_and_no_generator_moves(tmp_path):
     make_backbone("bert").save_pretrained(tmp_path)
     models = []

@@ -84,6 +84,12 @@ def test_activation_checkpointing_changes_no_gradient(name):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_stock_code_sees_the_training_mode():
+    model = make_model()
+    assert not model.heads["mnli"].shell(model.backbone).training
+    assert model.train().heads["mnli"].shell(model.backbone).training
+
+
 def test_copies_are_independent():
     model = make_model("roberta", seed=1)
     inputs = make_inputs("roberta")
@@ -221,5 +227,6 @@ def test_without_tasks_there_is_only_a_backbone():
     backbone = AutoModel.from_config(make_backbone("bert").config)
     model = MultiTaskModel(MultiTaskConfig(), backbone=backbone)
     assert len(model.heads) == 0
+    assert model.config.backbone_config is backbone.config
     with pytest.raises(ValueError, match="one of: none"):
         model(**make_inputs("bert"))
