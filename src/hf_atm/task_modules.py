@@ -1,0 +1,379 @@
+"""What belongs to one task alone: its head, and its own copies of backbone parameters."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+# Columns that a tokenizer of another family may produce; a model without such a parameter does without them, as the
+# Trainer's own column removal would have it.
+_OPTIONAL_INPUTS = ("token_type_ids", "position_ids")
+
+
+def _fitting(inputs: dict[str, Any], accepted: frozenset[str]) -> dict[str, Any]:
+    inputs = {name: value for name, value in inputs.items() if name in accepted or name not in _OPTIONAL_INPUTS}
+    if "use_cache" in accepted:
+        inputs.setdefault("use_cache", False)  # one forward pass per example: a key-value cache is waste
+    return inputs
+
+
+def last_token_index(
+    input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, pad_token_id: int | None, batch_size: int
+) -> torch.Tensor | int:
+    """Index of each sequence's last token that is not padding, on either side.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): Decides without a mask.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): Decides if given. It is
+            the safer of the two: many decoders pad with their end-of-sequence token.
+        pad_token_id (`int`, *optional*): The padding token.
+        batch_size (`int`): Number of sequences.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)` or -1 where only the end of the sequence can be meant.
+    """
+    if attention_mask is not None and attention_mask.dim() == 2:
+        present = attention_mask != 0
+    elif input_ids is not None and pad_token_id is not None:
+        present = input_ids != pad_token_id
+    elif input_ids is not None and batch_size > 1:
+        raise ValueError(
+            "a batch without attention_mask needs the backbone's config.pad_token_id to find each last token; pass "
+            "the mask or set it"
+        )
+    else:
+        return -1
+    return (torch.arange(present.shape[1], device=present.device) * present.int()).argmax(-1)
+
+
+def mask_positions(inputs: dict[str, Any], accepted: frozenset[str]) -> dict[str, Any]:
+    """Adds `position_ids` counted over real tokens, so that left padding moves no absolute position embedding."""
+    mask = inputs.get("attention_mask")
+    if "position_ids" in accepted and inputs.get("position_ids") is None and mask is not None and mask.dim() == 2:
+        inputs["position_ids"] = ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def _last_hidden(hidden: torch.Tensor, inputs: dict[str, Any], config: PreTrainedConfig) -> torch.Tensor:
+    pad_token_id = getattr(config.get_text_config(), "pad_token_id", None)
+    index = last_token_index(inputs.get("input_ids"), inputs.get("attention_mask"), pad_token_id, len(hidden))
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]
+
+
+class StockHead(nn.Module):
+    """A task's head with the parameters and the code of the backbone family's stock classification class.
+
+    It holds every module of the stock class but the backbone, and runs that class's own `forward` over the shared
+    backbone and these modules. The backbone is passed in, not kept: copies of a head (PEFT's `modules_to_save`) then
+    see the shared backbone too.
+
+    A class whose only head is a linear `score` takes the last token; that is done here, so that the attention mask
+    decides which token is last and left padding does not shift absolute positions.
+
+    Args:
+        stock ([`PreTrainedModel`]): The stock model on the meta device; its modules move into this head.
+        name (`str`): The stock model's child that stands for the backbone.
+        path (`str`): Where that child's counterpart is inside the shared backbone; empty for the backbone itself.
+    """
+
+    score: Any
+
+    def __init__(self, stock: PreTrainedModel, name: str, path: str) -> None:
+        super().__init__()
+        self.stock_class, self.backbone_name, self.backbone_path = type(stock), name, path
+        kind = type(getattr(stock, name))
+        for child_name, child in stock.named_children():
+            if child_name != name:
+                self.add_module(child_name, child)
+        self._parameters.update(stock._parameters)
+        self._buffers.update(stock._buffers)
+        # ImageGPT has a lone `score` too, but averages.
+        decoder = set(self._modules) == {"score"} and isinstance(self.score, nn.Linear)
+        self.last_token = decoder and self.stock_class.__name__.endswith("ForSequenceClassification")
+        runs = kind if self.last_token else self.stock_class
+        self.accepted = frozenset(inspect.signature(runs.forward).parameters)
+        tensors = ("_modules", "_parameters", "_buffers")
+        self.stock_state = {key: value for key, value in vars(stock).items() if key not in tensors}
+
+    def shell(self, backbone: nn.Module) -> PreTrainedModel:
+        """An instance of the stock class over the given backbone and this head's modules; nothing is copied."""
+        shell = object.__new__(self.stock_class)
+        shell.__dict__.update(self.stock_state)
+        shell.__dict__.update(
+            _modules={self.backbone_name: backbone, **self._modules},
+            _parameters=self._parameters,
+            _buffers=self._buffers,
+            training=self.training,
+        )
+        return shell
+
+    def forward(self, backbone: PreTrainedModel, **inputs: Any) -> Any:
+        inputs = _fitting(inputs, self.accepted)
+        if self.backbone_path:
+            backbone = backbone.get_submodule(self.backbone_path)
+        if not self.last_token:
+            return self.stock_class.forward(self.shell(backbone), **inputs)
+        inputs = mask_positions(inputs, self.accepted)
+        outputs = backbone(**inputs)
+        pooled = _last_hidden(outputs.last_hidden_state, inputs, backbone.config)
+        return SequenceClassifierOutput(
+            logits=self.score(pooled), hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
+        )
+
+
+class PooledHead(nn.Module):
+    """Dropout and a linear classifier over an explicitly chosen pooling, for families without a stock class.
+
+    Args:
+        config ([`PreTrainedConfig`]): The backbone's configuration.
+        pooling (`str`): `"cls"` (first token), `"mean"` (over real tokens), `"last_token"`, `"pooler"` (the
+            backbone's `pooler_output`) or `"image_pool"` (mean over the feature map or all tokens).
+        num_labels (`int`): Number of outputs.
+        feature_size (`int`, *optional*): Width of the pooled vector, if the configuration does not tell it.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, pooling: str, num_labels: int, feature_size: int | None = None
+    ) -> None:
+        super().__init__()
+        text = config.get_text_config()
+        sizes = getattr(text, "hidden_sizes", None)
+        width = feature_size or getattr(text, "hidden_size", None) or (sizes[-1] if sizes else None)
+        if width is None:
+            raise ValueError(f"{type(config).__name__} does not tell the width of its features; set feature_size")
+        dropout = getattr(text, "classifier_dropout", None)
+        if dropout is None:
+            dropout = getattr(text, "hidden_dropout_prob", None) or 0.0
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(width, num_labels)
+
+    def forward(self, backbone: PreTrainedModel, **inputs: Any) -> Any:
+        accepted = frozenset(inspect.signature(type(backbone).forward).parameters)
+        inputs = _fitting(inputs, accepted)
+        if self.pooling == "last_token":
+            inputs = mask_positions(inputs, accepted)
+        outputs = backbone(**inputs)
+        logits = self.classifier(self.dropout(self.pool(outputs, inputs, backbone)))
+        return SequenceClassifierOutput(
+            logits=logits, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
+        )
+
+    def pool(self, outputs: Any, inputs: dict[str, Any], backbone: PreTrainedModel) -> torch.Tensor:
+        """The pooled features, of shape `(batch_size, feature_size)`."""
+        if self.pooling == "pooler":
+            if outputs.get("pooler_output") is None:
+                raise ValueError(f"{type(backbone).__name__} gives no pooler_output; choose another pooling")
+            return outputs.pooler_output.flatten(1)
+        hidden = outputs.last_hidden_state
+        if self.pooling == "image_pool":
+            return hidden.flatten(2).mean(-1) if hidden.dim() == 4 else hidden.mean(1)
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"pooling {self.pooling!r} needs one vector per token, but {type(backbone).__name__} gives features "
+                f"of shape {tuple(hidden.shape)}; choose pooler or image_pool"
+            )
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        if self.pooling == "last_token":
+            return _last_hidden(hidden, inputs, backbone.config)
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.shape != hidden.shape[:2]:
+            return hidden.mean(1)
+        weights = mask.to(hidden.dtype).unsqueeze(-1)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+class ZeroShotHead(nn.Module):
+    """A frozen head of text features: `logits = exp(logit_scale) * <image, text>` of normalised features.
+
+    Args:
+        num_labels (`int`): Number of classes.
+        dimension (`int`): Width of the space that images and texts are projected to.
+    """
+
+    def __init__(self, num_labels: int, dimension: int) -> None:
+        super().__init__()
+        self.text_features = nn.Parameter(torch.empty(num_labels, dimension), requires_grad=False)
+        self.logit_scale = nn.Parameter(torch.empty(()), requires_grad=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random unit vectors and CLIP's initial scale, for a model built from its configuration alone."""
+        features = torch.randn(self.text_features.shape)
+        self.text_features.copy_(features / features.norm(dim=-1, keepdim=True))
+        self.logit_scale.fill_(2.6592)
+
+    def forward(self, backbone: PreTrainedModel, **inputs: Any) -> SequenceClassifierOutput:
+        outputs = backbone(**inputs)
+        image = outputs.image_embeds
+        image = image / image.norm(dim=-1, keepdim=True)
+        logits = image @ self.text_features.to(image.dtype).T * self.logit_scale.to(image.dtype).exp()
+        return SequenceClassifierOutput(
+            logits=logits, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
+        )
+
+
+class TaskSpecificMixin(PreTrainedModel):
+    """Backbone parameters that every task keeps for itself.
+
+    The live parameter objects stay where they are; each task's values rest in buffers under
+    `task_specific.<task>.` (dots of the parameter name written `/`), and [`activate_task`] swaps them in place. The
+    copies are part of the state dict, so one safetensors file holds them all.
+    """
+
+    config: Any
+    backbone: PreTrainedModel
+    heads: nn.ModuleDict
+    task_specific: nn.ModuleDict
+    _active_task: str | None = None
+
+    def _live(self) -> dict[str, torch.Tensor]:
+        """Live private tensors by their name in the plain backbone."""
+        tensors = {_plain(name): tensor for name, tensor in _named_tensors(self.backbone)}
+        return {name: tensors[name] for name in self._private_names}
+
+    def _add_copies(self, tasks: Iterable[str]) -> None:
+        live = self._live()
+        for task in tasks:
+            if task not in self.task_specific:
+                self.task_specific[task] = nn.Module()
+            copies = self.task_specific[task]
+            for name, tensor in live.items():
+                if _encode(name) not in copies._buffers:
+                    copies.register_buffer(_encode(name), tensor.detach().clone())
+        # Ranks hold equal copies already; DDP would otherwise broadcast all of them in every forward pass.
+        self._ddp_params_and_buffers_to_ignore = [f"task_specific.{n}" for n, _ in self.task_specific.named_buffers()]
+
+    def _init_task_specific(self) -> None:
+        self.task_specific = nn.ModuleDict()
+        self._private_names: list[str] = []
+        if self.config.task_specific_modules:
+            self._private_names = match_names(self.backbone, self.config.task_specific_modules)
+            self._add_copies(self.heads)
+        self.register_load_state_dict_pre_hook(_store_active_task)
+        self.register_load_state_dict_post_hook(_forget_active_task)
+
+    def add_task_specific_modules(self, patterns: list[str]) -> None:
+        """Makes the backbone parameters that match private: every task gets its own copy of the present values.
+
+        A batch norm's running statistics go with its parameters, though only parameters are listed by
+        [`task_specific_parameter_names`].
+
+        Args:
+            patterns (`list[str]`): Shell-style patterns or parts of the backbone's parameter names.
+
+        Raises:
+            ValueError: If a pattern matches no parameter.
+        """
+        added = [name for name in match_names(self.backbone, patterns) if name not in self._private_names]
+        self.sync_task_specific()
+        self._private_names = self._private_names + added
+        known = self.config.task_specific_modules
+        self.config.task_specific_modules = [*known, *(pattern for pattern in patterns if pattern not in known)]
+        self._add_copies(self.heads)
+
+    def task_specific_parameter_names(self) -> list[str]:
+        """Names, as in `named_parameters()`, of live parameters that hold the active task's private values."""
+        wanted = set(self._private_names)
+        names = [name for name, _ in self.backbone.named_parameters()]
+        return [f"backbone.{name}" for name in names if _plain(name) in wanted]
+
+    @property
+    def active_task(self) -> str | None:
+        """The task whose private values are live, if any."""
+        return self._active_task
+
+    @torch.no_grad()
+    def sync_task_specific(self) -> None:
+        """Stores the live private values as those of the active task."""
+        if self._active_task is None or not self._private_names:
+            return
+        copies = self.task_specific[self._active_task]
+        for name, tensor in self._live().items():
+            copies.get_buffer(_encode(name)).copy_(tensor)
+
+    @torch.no_grad()
+    def activate_task(self, task: str) -> None:
+        """Makes `task`'s private values the live ones, after storing those of the task active before.
+
+        Values are copied into the same parameter objects, so call it between backward passes. Nothing happens if the
+        task is active already or the model has no private modules.
+
+        Raises:
+            KeyError: If the task is unknown.
+        """
+        if not self._private_names or task == self._active_task:
+            return
+        if task not in self.task_specific:
+            raise KeyError(f"unknown task {task!r}; the model knows {', '.join(self.task_specific)}")
+        self.sync_task_specific()
+        copies = self.task_specific[task]
+        for name, tensor in self._live().items():
+            tensor.copy_(copies.get_buffer(_encode(name)))
+        self._active_task = task
+
+    def backbone_state_dict(self, task: str | None = None) -> dict[str, torch.Tensor]:
+        """The backbone's state dict, with `task`'s private values in place of the live ones."""
+        self.sync_task_specific()
+        if task is None or not self._private_names:
+            return dict(self.backbone.state_dict())
+        # By identity, not by name: a tied tensor has one private copy and several keys.
+        own = {id(tensor): self.task_specific[task]._buffers[_encode(name)] for name, tensor in self._live().items()}
+        live = self.backbone.state_dict(keep_vars=True)
+        return {key: own.get(id(tensor), tensor).detach() for key, tensor in live.items()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.sync_task_specific()
+        return super().state_dict(*args, **kwargs)
+
+
+def _store_active_task(module: TaskSpecificMixin, *_: Any) -> None:
+    # A partial load (adapters only) leaves the copies alone, and they must not be older than the live values.
+    module.sync_task_specific()
+
+
+def _forget_active_task(module: TaskSpecificMixin, incompatible_keys: Any) -> None:
+    # What was loaded is in the copies; the live values may be of any task. The next forward copies them in.
+    module._active_task = None
+
+
+def _encode(name: str) -> str:
+    return name.replace(".", "/")
+
+
+def _plain(name: str) -> str:
+    # LoRA moves a weight it adapts into a `base_layer`.
+    return name.replace(".base_layer.", ".")
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def match_names(backbone: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Names of `backbone`'s parameters that match, and of saved buffers beside them; errors if a pattern has none."""
+    parameters = [_plain(name) for name, _ in backbone.named_parameters() if ".lora_" not in name]
+    matched: set[str] = set()
+    for pattern in patterns:
+        bare = pattern.removeprefix("backbone.")
+        found = {name for name in parameters if bare in name or fnmatch.fnmatchcase(name, bare)}
+        if not found:
+            raise ValueError(
+                f"task_specific_modules pattern {pattern!r} matches no parameter of the backbone; its names are like "
+                f"{parameters[0]!r} and {parameters[-1]!r}"
+            )
+        matched |= found
+    owners = {name.rpartition(".")[0] for name in matched}
+    saved = {_plain(name) for name in backbone.state_dict()}
+    names = [_plain(name) for name, _ in backbone.named_buffers()]
+    buffers = [name for name in names if name in saved and name.rpartition(".")[0] in owners]
+    return [name for name in parameters if name in matched] + buffers
