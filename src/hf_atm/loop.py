@@ -95,7 +95,7 @@ class ATMLoop:
             OuterOptimizer(args.outer_learning_rate, args.outer_momentum, args.outer_nesterov),
             args.max_task_vector_norm,
             args.keep_task_vectors,
-            model,
+            self.groups.statistics(),
         )
         self.memory = OptimizerMemory(args.optimizer_policy)
 
@@ -144,6 +144,7 @@ class ATMLoop:
         return self.emit("on_task_begin", state, control, round=position.round, task=position.task)
 
     def _open_segment(self, task: str) -> None:
+        self.groups.activate(task)
         self.private_backup = self.groups.private_values(task)
         self._segment_clock = perf_counter()
         self._evaluating_before = self.seconds["evaluating"]

@@ -16,6 +16,7 @@ from .lora import LoraSpace
 from .spaces import Space, WeightSpace
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _HEAD = re.compile(r"(?:^|\.)heads\.([^.]+)\.")
 
 
@@ -72,6 +73,22 @@ class ParameterGroups:
         if isinstance(self.model, PeftModel) and lora_merge_mode != "adapter":
             return LoraSpace(self.model, self.shared, lora_merge_mode, device)
         return WeightSpace(self.shared, device)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Running statistics of batch normalisation that tasks share, by buffer name."""
+        inner = base_model(self.model)
+        private = inner.task_specific_buffer_names() if has_task_specific(inner) else []
+        return {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if name.rpartition(".")[2] in _STATISTICS and name not in private
+        }
+
+    def activate(self, task: str) -> None:
+        """Make `task`'s own copies of modules the live ones."""
+        inner = base_model(self.model)
+        if has_task_specific(inner):
+            inner.activate_task(task)
 
     def private_values(self, task: str) -> dict[str, Tensor]:
         """Copies of what only `task` trains, by name."""

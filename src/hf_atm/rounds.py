@@ -8,15 +8,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .geometry import Sketch, cosines, gram_matrix, squared_norm
 from .merging import get_merge_method, linear_coefficients, merge_buffers, merge_task_vectors, norm_scale
 from .outer import OuterOptimizer, clip_factors
 from .spaces import Space, TaskVector
-
-
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class DivergenceError(FloatingPointError):
@@ -71,7 +68,8 @@ class RoundState:
         outer (`OuterOptimizer`): steps the base.
         max_norm (`float`, `"mean"` or `None`): clips task vectors.
         keep (`bool`): hold every task vector even where a sum would do.
-        model (`nn.Module`, *optional*): its batch normalisation statistics are pooled over tasks in every round.
+        statistics (`Mapping[str, Tensor]`, *optional*): live running statistics of batch normalisation, pooled over
+            tasks in every round.
     """
 
     def __init__(
@@ -84,7 +82,7 @@ class RoundState:
         outer: OuterOptimizer,
         max_norm: float | str | None = None,
         keep: bool = False,
-        model: nn.Module | None = None,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.space = space
         self.tasks = tasks
@@ -95,11 +93,7 @@ class RoundState:
         self.max_norm = max_norm
         self.linear = get_merge_method(method).family == "linear"
         self.streaming = self.linear and not keep and not space.compact and max_norm != "mean"
-        self.statistics = {
-            name: buffer
-            for name, buffer in (model.named_buffers() if model is not None else ())
-            if name.rpartition(".")[2] in _STATISTICS
-        }
+        self.statistics = dict(statistics or {})
         self.method_kwargs = {key: value for key, value in merge_kwargs.items() if key != "scaling_coefficient"}
         if self.linear:
             coefficients = linear_coefficients(

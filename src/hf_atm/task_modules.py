@@ -287,6 +287,11 @@ class TaskSpecificMixin(PreTrainedModel):
         names = [name for name, _ in self.backbone.named_parameters()]
         return [f"backbone.{name}" for name in names if _plain(name) in wanted]
 
+    def task_specific_buffer_names(self) -> list[str]:
+        """Names, as in `named_buffers()`, of live running statistics that hold the active task's private values."""
+        wanted = set(self._private_names)
+        return [f"backbone.{name}" for name, _ in self.backbone.named_buffers() if _plain(name) in wanted]
+
     @property
     def active_task(self) -> str | None:
         """The task whose private values are live, if any."""
