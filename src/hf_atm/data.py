@@ -210,6 +210,11 @@ class TaskCollator:
         self.columns = None if columns is None else frozenset(columns)
 
     @property
+    def by_task(self) -> bool:
+        """Whether a batch's task matters to its collation."""
+        return self.add_task or bool(self.collators)
+
+    @property
     def tokenizer(self) -> Any:
         """The wrapped collator's tokenizer, which Trainer saves when it was given no processing class."""
         return getattr(self.default, "tokenizer", None)

@@ -351,7 +351,7 @@ class ATMMixin:
         started = perf_counter()
         metrics: dict[str, float] = {}
         for task in sorted(sets):
-            metrics |= self._score(task, self._as_task(task, sets[task]), ignore_keys, metric_key_prefix, **gen_kwargs)
+            metrics |= self._score(task, sets[task], ignore_keys, metric_key_prefix, **gen_kwargs)
         metrics |= aggregate(metrics, metric_key_prefix, sorted(sets), self._primary())
         metrics[f"{metric_key_prefix}_runtime"] = round(perf_counter() - started, 4)
         self.log(metrics)
@@ -359,10 +359,14 @@ class ATMMixin:
         return metrics
 
     def _score(
-        self, task: str, dataset: TaskDataset, ignore_keys: list[str] | None, prefix: str, **gen_kwargs: Any
+        self, task: str, dataset: Any, ignore_keys: list[str] | None, prefix: str, **gen_kwargs: Any
     ) -> dict[str, float]:
         """One task's metrics, silently: no callback, no log entry, no random number used up."""
         host: Any = self
+        held = host.eval_dataset
+        if host.data_collator.by_task or isinstance(dataset, TaskDataset):
+            # By name, since some hosts would prepare a data set a second time.
+            host.eval_dataset, dataset = {**(held or {}), task: self._as_task(task, dataset)}, task
         handler, history = host.callback_handler, self.state.log_history
         callbacks, length, started = handler.callbacks, len(history), perf_counter()
         handler.callbacks, self.atm.scoring = [], True
@@ -373,7 +377,7 @@ class ATMMixin:
                 result = super().evaluate(dataset, ignore_keys, f"{prefix}_{task}", **gen_kwargs)  # type: ignore[misc]
             logged = {name: value for entry in history[length:] for name, value in entry.items()}
         finally:
-            handler.callbacks, self.atm.scoring = callbacks, False
+            handler.callbacks, self.atm.scoring, host.eval_dataset = callbacks, False, held
             if host.compute_metrics is not None:
                 host.compute_metrics.task = None
             del history[length:]
