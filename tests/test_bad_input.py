@@ -7,11 +7,11 @@ import math
 import datasets
 import pytest
 import torch
-from tests.testing_utils import METRICS, TASKS, TinyModel, make_config, make_data, make_trainer, parameters_of
 from transformers import TrainerCallback
 
 from hf_atm import ATMCallback, ATMConfig
 from hf_atm.rounds import DivergenceError
+from tests.testing_utils import METRICS, TASKS, TinyModel, make_config, make_data, make_trainer, parameters_of
 
 
 def small():
@@ -48,7 +48,13 @@ def small():
         ({"full_batch": True, "local_steps": 2}, "full_batch.*local_steps=2"),
         ({"full_batch": True, "local_epochs": 0.5}, r"local_epochs=0\.5"),
         (
-            {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "load_best_model_at_end": True, "save_strategy": "steps"},
+            {
+                "eval_strategy": "steps",
+                "eval_steps": 5,
+                "save_steps": 5,
+                "load_best_model_at_end": True,
+                "save_strategy": "steps",
+            },
             "load_best_model_at_end needs eval_strategy='epoch'",
         ),
     ],

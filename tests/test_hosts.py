@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import datasets
 import pytest
 import torch
-from tests.testing_utils import largest_difference, make_config, parameters_of
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from hf_atm import ATMArguments, ATMCallback, ATMMixin, ATMSeq2SeqTrainer
+from tests.testing_utils import largest_difference, make_config, parameters_of
 
 
 def test_sequence_to_sequence_with_generation(tmp_path):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+
 from tests.reference import atm_loop
 from tests.testing_utils import (
     TASKS,

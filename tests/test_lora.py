@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.testing_utils import TASKS, TinyModel, largest_difference, make_datasets, make_trainer, parameters_of
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from hf_atm import ATMCallback
 from hf_atm.lora import LoraSpace, compress
+from tests.testing_utils import TASKS, TinyModel, largest_difference, make_datasets, make_trainer, parameters_of
 
 
 CONFIGS = {

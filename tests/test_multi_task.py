@@ -8,7 +8,6 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig
-from tests.testing_utils import accuracy, largest_difference, make_trainer, parameters_of
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from hf_atm import ATMCallback, MultiTaskModel, TaskDataset
+from tests.testing_utils import accuracy, largest_difference, make_trainer, parameters_of
 
 
 SPECS = {"polar": {"num_labels": 2}, "score": {"num_labels": 1}, "topic": {"num_labels": 4}}

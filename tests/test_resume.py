@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from tests.testing_utils import METRICS, TinyModel, largest_difference, make_data, make_trainer, parameters_of
 
 from hf_atm import ATMCallback, checkpoint
+from tests.testing_utils import METRICS, TinyModel, largest_difference, make_data, make_trainer, parameters_of
 
 
 SIZES = {"colour": 24, "shape": 16, "size": 16}
@@ -44,9 +44,7 @@ def build(folder, batch_norm=False, lora=False, **changes):
     data = {task: make_data(task, size) for task, size in SIZES.items()}
     peft = {"peft_config": LoraConfig(r=2, target_modules=["body.0", "body.2"], lora_dropout=0.2)} if lora else {}
     changes = {"num_rounds": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": False, **changes}
-    return make_trainer(
-        folder, TinyModel(dropout=0.3, batch_norm=batch_norm), train_dataset=data, **peft, **changes
-    )
+    return make_trainer(folder, TinyModel(dropout=0.3, batch_norm=batch_norm), train_dataset=data, **peft, **changes)
 
 
 # Inside the first segment, at its end, at the end of a round, inside a later round.
@@ -88,9 +86,7 @@ def test_with_an_adapter(tmp_path, mode):
 
 
 def test_with_an_adapter_and_ties(tmp_path):
-    check_checkpoints(
-        tmp_path, lora=True, merge_method="ties", merge_kwargs={"density": 0.5}, outer_momentum=0.5
-    )
+    check_checkpoints(tmp_path, lora=True, merge_method="ties", merge_kwargs={"density": 0.5}, outer_momentum=0.5)
 
 
 def test_evaluation_in_between_changes_nothing(tmp_path):

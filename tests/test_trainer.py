@@ -9,6 +9,9 @@ import math
 import datasets
 import pytest
 import torch
+from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+
+from hf_atm import ATMCallback, ATMConfig, ATMMixin, ATMTrainer, TaskDataset
 from tests.testing_utils import (
     METRICS,
     TASKS,
@@ -21,9 +24,6 @@ from tests.testing_utils import (
     make_trainer,
     parameters_of,
 )
-from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
-
-from hf_atm import ATMCallback, ATMConfig, ATMMixin, ATMTrainer, TaskDataset
 
 
 SIZES = {"colour": 24, "shape": 16, "size": 16}
@@ -508,9 +508,12 @@ def test_frozen_heads_stay_as_given(tmp_path):
     before = parameters_of(trainer.model)
     trainer.train()
     after = parameters_of(trainer.model)
-    assert largest_difference(
-        {n: v for n, v in before.items() if "heads" in n}, {n: v for n, v in after.items() if "heads" in n}
-    ) == 0.0
+    assert (
+        largest_difference(
+            {n: v for n, v in before.items() if "heads" in n}, {n: v for n, v in after.items() if "heads" in n}
+        )
+        == 0.0
+    )
     assert not torch.equal(before["body.0.weight"], after["body.0.weight"])
 
 
@@ -661,3 +664,17 @@ def test_fractional_epochs_and_local_steps_set_the_length_of_segments(tmp_path):
     }.items():
         lengths[name] = make_trainer(tmp_path / name, train_dataset=data, **changes).atm.plan.lengths
     assert lengths == {"half": (3, 2, 3), "two": (10, 6, 9), "dropped": (5, 3, 4), "steps": (3, 3, 3)}
+
+
+def test_a_model_from_model_init_is_fitted_out_too(tmp_path):
+    from peft import LoraConfig
+
+    trainer = ATMTrainer(
+        args=make_config(tmp_path, num_rounds=1),
+        model_init=TinyModel,
+        train_dataset=small(),
+        peft_config=LoraConfig(r=2, target_modules=["body.0"]),
+    )
+    trainer.train()
+    assert trainer.report[0]["merged_norm"] > 0
+    assert any("lora_A" in name for name in parameters_of(trainer.model))

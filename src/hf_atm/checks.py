@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 from torch.utils.data import IterableDataset
 
 
@@ -65,11 +64,11 @@ def check_keys(name: str, keys: Iterable[str], tasks: Sequence[str]) -> None:
         raise ValueError(f"{name} {' and '.join(parts)}; the tasks are {sorted(tasks)}.")
 
 
-def check_labels(model: nn.Module, name: str, datasets: Mapping[str, Any]) -> None:
+def check_labels(model: Any, name: str, datasets: Mapping[str, Any]) -> None:
     """Check label counts and values of Hugging Face data sets against the heads of a multi-task model.
 
     Args:
-        model (`nn.Module`): a [`MultiTaskModel`]; other models have no heads to check against.
+        model: a [`MultiTaskModel`]; other models have no heads to check against.
         name (`str`): the argument, named in errors.
         datasets (`Mapping[str, Any]`): data sets by task; those that are no `datasets.Dataset` are skipped.
 

@@ -120,7 +120,11 @@ class ATMArguments:
             value = getattr(self, name)
             if isinstance(value, str) and value.lstrip().startswith("{"):
                 setattr(self, name, json.loads(value))
-        self.merge_kwargs = dict(self.merge_kwargs or {})
+        if isinstance(self.merge_kwargs, str):
+            raise ValueError(
+                f"merge_kwargs is {self.merge_kwargs!r}; give a JSON object such as '{{\"density\": 0.2}}'."
+            )
+        self.merge_kwargs = check_merge_kwargs(self.merge_method, self.merge_kwargs or {})
         self.task_weights = self.task_weights or "uniform"
         self.outer_learning_rate = _number_or("outer_learning_rate", self.outer_learning_rate, "norm") or 1.0
         self.max_task_vector_norm = _number_or("max_task_vector_norm", self.max_task_vector_norm, "mean")
@@ -158,7 +162,6 @@ class ATMArguments:
             )
         if self.full_batch and self.local_epochs != 1:
             raise ValueError(f"full_batch accumulates one whole epoch; local_epochs={self.local_epochs} must be 1.")
-        self.merge_kwargs = check_merge_kwargs(self.merge_method, self.merge_kwargs)
 
 
 @dataclass

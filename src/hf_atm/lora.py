@@ -219,7 +219,7 @@ def compress(update: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
     return (rotation.T @ a).float(), (b @ rotation).float()
 
 
-def check_adapter(model: nn.Module, mode: str) -> str:
+def check_adapter(model: Any, mode: str) -> str:
     """The name of the one active LoRA adapter.
 
     Raises:
@@ -251,7 +251,7 @@ def check_layers(model: nn.Module, layers: Mapping[str, LoraLayer], adapter: str
         owners.setdefault(id(parameter), []).append(name)
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
-        variant = getattr(layer, "lora_variant", {}).get(adapter)
+        variant = layer.lora_variant.get(adapter)
         if variant is not None:
             raise ValueError(
                 f"LoRA layer {name!r} uses the variant {type(variant).__name__}, which has no exact update; use "

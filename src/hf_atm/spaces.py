@@ -99,7 +99,9 @@ class Space(ABC):
     def load_checkpoint_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Counterpart of `checkpoint_weights`."""
         if tensors:
-            raise ValueError(f"The checkpoint holds weights that this model does not keep apart: {sorted(tensors)[:3]}.")
+            raise ValueError(
+                f"The checkpoint holds weights that this model does not keep apart: {sorted(tensors)[:3]}."
+            )
 
 
 class WeightSpace(Space):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from time import perf_counter
 from typing import Any
 
 import datasets as hf_datasets
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -24,20 +21,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from . import checkpoint, checks
 from .adapters import merged_state_dict, save_expert_adapters
 from .callbacks import LastWordCallback, RoundCallback
-from .config import ATMArguments
 from .data import TaskCollator, TaskDataset
-from .evaluation import TaskMetrics, aggregate, scores_of, task_metrics
+from .evaluation import EvaluationMixin, TaskMetrics
+from .hosts import check_host, prepare_model, set_loss_scaling, with_heads, wrap_model_init
 from .learning_rate import learning_rate_multiplier
 from .loop import ATMLoop
 from .lora import LoraSpace
-from .parameters import base_model, has_task_specific
+from .parameters import base_model
 from .seeding import derive_seed, isolated_rng
 
 
 _OTHER_TRAIN_SETS = "train/"
 
 
-class ATMMixin:
+class ATMMixin(EvaluationMixin):
     """Turns a Trainer into one that alternates tuning and merging; put it first among the bases.
 
     One call of `train()` is the whole run, one epoch is one round, one contiguous block of steps is one task. Works
@@ -73,7 +70,7 @@ class ATMMixin:
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_host(type(self), args)
+        check_host(type(self), ATMMixin, args)
         train_sets = checks.check_datasets("train_dataset", train_dataset)
         tasks = sorted(train_sets)
         eval_sets = {} if eval_dataset is None else checks.check_datasets("eval_dataset", eval_dataset)
@@ -94,21 +91,28 @@ class ATMMixin:
                 f"{args.n_gpu} GPUs in one process mean nn.DataParallel, whose replicas would not see a merge; start "
                 "with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
-        if model is not None and not isinstance(model, str):
-            model = self._prepare_model(model, args, tasks)
-            checks.check_labels(base_model(model), "train_dataset", train_sets)
-            checks.check_labels(base_model(model), "eval_dataset", eval_sets)
+        host_adapts = "peft_config" in inspect.signature(super().__init__).parameters
+
+        def fit_out(plain: Any) -> Any:
+            """Check a model against the data and give it what the settings ask for."""
+            plain = prepare_model(plain, args, tasks)
+            checks.check_labels(base_model(plain), "train_dataset", train_sets)
+            checks.check_labels(base_model(plain), "eval_dataset", eval_sets)
+            if peft_config is None or host_adapts:
+                return plain
+            # The adapter's first values follow from the seed alone, on every process alike.
+            with isolated_rng(derive_seed(args.seed, "adapter")):
+                return get_peft_model(plain, with_heads(peft_config, plain, args))
+
+        if kwargs.get("model_init") is not None:
+            kwargs["model_init"] = wrap_model_init(kwargs["model_init"], fit_out)
+        elif not isinstance(model, str):
+            model = fit_out(model)
+        if peft_config is not None and host_adapts:
+            kwargs["peft_config"] = with_heads(peft_config, model, args)
         if args.full_batch and args.gradient_accumulation_steps == 1:
             per_step = args.per_device_train_batch_size * args.world_size
             args.gradient_accumulation_steps = max(1, len(train_sets[tasks[0]]) // per_step)
-        if peft_config is not None:
-            peft_config = _with_heads(peft_config, model, args)
-            if "peft_config" in inspect.signature(super().__init__).parameters:
-                kwargs["peft_config"] = peft_config
-            else:
-                # The adapter's first values follow from the seed alone, on every process alike.
-                with isolated_rng(derive_seed(args.seed, "adapter")):
-                    model = get_peft_model(model, peft_config)
         metrics = None if compute_metrics is None else TaskMetrics(compute_metrics)
         # A host prepares one training set and a dictionary of evaluation sets; the other training sets ride along.
         prepared = {f"{_OTHER_TRAIN_SETS}{task}": train_sets[task] for task in tasks[1:]} | eval_sets
@@ -128,27 +132,6 @@ class ATMMixin:
     model: Any
     args: Any
     state: TrainerState
-
-    def _prepare_model(self, model: Any, args: Any, tasks: list[str]) -> Any:
-        inner = base_model(model)
-        known = getattr(getattr(inner, "config", None), "tasks", None)
-        if isinstance(known, Mapping) and set(known) != set(tasks):
-            checks.check_keys("train_dataset", tasks, list(known))
-        if args.task_specific_modules:
-            if not has_task_specific(inner):
-                raise ValueError(
-                    f"task_specific_modules needs a model that stores a copy per task, and {type(inner).__name__} does "
-                    "not; wrap its backbone with MultiTaskModel.from_backbone."
-                )
-            if isinstance(model, PeftModel):
-                raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
-            inner.add_task_specific_modules(list(args.task_specific_modules))
-        if args.freeze_heads:
-            heads = getattr(inner, "heads", None)
-            if heads is None:
-                raise ValueError(f"freeze_heads=True needs a model with heads, and {type(inner).__name__} has none.")
-            heads.requires_grad_(False)
-        return model
 
     def _join(self, tasks: list[str], data_collator: Any) -> None:
         """Take the prepared data sets apart again and put the loop in place."""
@@ -174,7 +157,7 @@ class ATMMixin:
         for callback in handler.callbacks:
             if isinstance(callback, JITCheckpointCallback):
                 # Between backward and step the dropout masks of the step are already drawn: wait for its end.
-                callback.on_pre_optimizer_step = TrainerCallback().on_pre_optimizer_step  # type: ignore[method-assign]
+                callback.on_pre_optimizer_step = TrainerCallback().on_pre_optimizer_step
         self._written: set[str] = set()
         self._staging: str | None = None
 
@@ -321,92 +304,6 @@ class ATMMixin:
             self.atm.describe(logs, self.state.global_step)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-        **gen_kwargs: Any,
-    ) -> dict[str, float]:
-        """Evaluate every task with its own head, collator and metrics; one log and one `on_evaluate` for all.
-
-        Args:
-            eval_dataset (`dict[str, Dataset]` or `TaskDataset`, *optional*): instead of the one given at
-                construction; may hold some of the tasks.
-            ignore_keys, metric_key_prefix, gen_kwargs: as the host takes them.
-
-        Returns:
-            `dict[str, float]`: `<prefix>_<task>_<metric>`, `<prefix>_<task>_loss`, `<prefix>_loss` (mean over tasks),
-            `<prefix>_average` and `<prefix>_worst` (of each task's first metric), `<prefix>_runtime` in seconds.
-        """
-        host: Any = self
-        sets = host.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(sets, TaskDataset):
-            sets = {sets.task: sets}
-        if not isinstance(sets, Mapping):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)  # type: ignore[misc]
-        unknown = sorted(set(sets) - set(self.atm.plan.tasks))
-        if unknown:
-            raise KeyError(f"eval_dataset names unknown tasks {unknown}; the tasks are {list(self.atm.plan.tasks)}.")
-        started = perf_counter()
-        metrics: dict[str, float] = {}
-        for task in sorted(sets):
-            metrics |= self._score(task, sets[task], ignore_keys, metric_key_prefix, **gen_kwargs)
-        metrics |= aggregate(metrics, metric_key_prefix, sorted(sets), self._primary())
-        metrics[f"{metric_key_prefix}_runtime"] = round(perf_counter() - started, 4)
-        self.log(metrics)
-        host.control = host.callback_handler.on_evaluate(self.args, self.state, host.control, metrics)
-        return metrics
-
-    def _score(
-        self, task: str, dataset: Any, ignore_keys: list[str] | None, prefix: str, **gen_kwargs: Any
-    ) -> dict[str, float]:
-        """One task's metrics, silently: no callback, no log entry, no random number used up."""
-        host: Any = self
-        held = host.eval_dataset
-        if host.data_collator.by_task or isinstance(dataset, TaskDataset):
-            # By name, since some hosts would prepare a data set a second time.
-            host.eval_dataset, dataset = {**(held or {}), task: self._as_task(task, dataset)}, task
-        handler, history = host.callback_handler, self.state.log_history
-        callbacks, length, started = handler.callbacks, len(history), perf_counter()
-        handler.callbacks, self.atm.scoring = [], True
-        if host.compute_metrics is not None:
-            host.compute_metrics.task = task
-        try:
-            with isolated_rng():
-                result = super().evaluate(dataset, ignore_keys, f"{prefix}_{task}", **gen_kwargs)  # type: ignore[misc]
-            logged = {name: value for entry in history[length:] for name, value in entry.items()}
-        finally:
-            handler.callbacks, self.atm.scoring, host.eval_dataset = callbacks, False, held
-            if host.compute_metrics is not None:
-                host.compute_metrics.task = None
-            del history[length:]
-            self.atm.count_evaluation(perf_counter() - started)
-        return task_metrics({**logged, **result}, prefix, task)
-
-    def _primary(self) -> dict[str, str]:
-        metrics = getattr(self, "compute_metrics", None)
-        return {} if metrics is None else metrics.primary
-
-    def scores(self, metrics: Mapping[str, float], prefix: str = "eval") -> tuple[dict[str, float], dict[str, str]]:
-        """Each task's first metric in the result of `evaluate`: values and names by task."""
-        return scores_of(metrics, prefix, list(self.atm.plan.tasks), self._primary())
-
-    def evaluate_expert(self, task: str) -> tuple[dict[str, float], float | None]:
-        """Metrics of the model as it is on one task, and the first of them."""
-        host: Any = self
-        metrics = self._score(task, host.eval_dataset[task], None, "eval")
-        scores, _ = self.scores(metrics)
-        own = len(f"eval_{task}_")
-        return {name[own:]: value for name, value in metrics.items()}, scores.get(task)
-
-    def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
-        """As the host's; a [`TaskDataset`] says which task's head, collator and metrics apply."""
-        metrics = getattr(self, "compute_metrics", None)
-        if metrics is not None:
-            metrics.task = getattr(test_dataset, "task", None)
-        return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
-
     # ---- Saving ----
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -485,7 +382,7 @@ class ATMTrainer(ATMMixin, Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _set_loss_scaling(self)
+        set_loss_scaling(self)
 
 
 class ATMSeq2SeqTrainer(ATMMixin, Seq2SeqTrainer):
@@ -493,45 +390,4 @@ class ATMSeq2SeqTrainer(ATMMixin, Seq2SeqTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _set_loss_scaling(self)
-
-
-def _set_loss_scaling(trainer: Any) -> None:
-    # Many models take **kwargs and ignore num_items_in_batch; believing them would multiply gradients by the
-    # accumulation steps. Only the causal language model loss is known to divide by it.
-    loss_type = getattr(base_model(trainer.model), "loss_type", None)
-    if LOSS_MAPPING.get(loss_type) is not ForCausalLMLoss:
-        trainer.model_accepts_loss_kwargs = False
-
-
-def _check_host(cls: type, args: Any) -> None:
-    if not isinstance(args, ATMArguments):
-        raise ValueError(
-            f"{cls.__name__} needs args with the loop's settings, got {type(args).__name__}; use ATMConfig, or mix "
-            "ATMArguments into the host's: `@dataclass class MyConfig(ATMArguments, SFTConfig)`."
-        )
-    bases = cls.__mro__[cls.__mro__.index(ATMMixin) + 1 :]
-    for name in ("get_train_dataloader", "_get_train_sampler", "create_scheduler"):
-        owner = next((base for base in bases if name in vars(base)), None)
-        if owner is not Trainer:
-            found = "nothing" if owner is None else owner.__name__
-            raise TypeError(
-                f"{cls.__name__} cannot run the loop: {name} comes from {found}, not from transformers.Trainer; use a "
-                "trainer that reads its data as Trainer does (Trainer, Seq2SeqTrainer, SFTTrainer, DPOTrainer, ...)."
-            )
-
-
-def _with_heads(peft_config: PeftConfig, model: Any, args: Any) -> PeftConfig:
-    """Let the heads train beside the adapter, unless they are frozen."""
-    heads = getattr(base_model(model), "heads", None)
-    if args.task_specific_modules:
-        raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
-    if (
-        heads is None
-        or args.freeze_heads
-        or not isinstance(peft_config, LoraConfig)
-        and not hasattr(peft_config, "modules_to_save")
-    ):
-        return peft_config
-    names = [f"heads.{task}" for task in heads]
-    return dataclasses.replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or []), *names])
+        set_loss_scaling(self)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from peft import LoraConfig
+
 from tests.testing_utils import METRICS, TinyModel, make_data, make_trainer, parameters_of
 
 

@@ -1,0 +1,48 @@
+# Every target sets up what it needs: a virtual environment in .venv, installed under constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)
+SOURCES := src tests examples benchmarks
+
+.PHONY: help demo test quality style bench clean
+
+help:
+	@echo "make demo     the main job, offline, with a small real ViT (under three minutes after installation)"
+	@echo "make test     the whole suite"
+	@echo "make quality  formatting, lint and types, as CI checks them"
+	@echo "make style    formatting and lint, repaired where possible"
+	@echo "make bench    cost of the loop beside the plain Trainer"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.user: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.developer: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trl,examples]'
+	@touch $@ $(VENV)/.user
+
+demo: $(VENV)/.user
+	$(BIN)/hf-atm demo
+
+test: $(VENV)/.developer
+	$(RUN)/python -m pytest -n 2
+
+quality: $(VENV)/.developer
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+style: $(VENV)/.developer
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.developer
+	$(RUN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

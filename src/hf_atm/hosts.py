@@ -1,0 +1,94 @@
+"""What the loop asks of the trainer, model and adapter it is mixed into."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import Trainer
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from . import checks
+from .config import ATMArguments
+from .parameters import base_model, has_task_specific
+
+
+def set_loss_scaling(trainer: Any) -> None:
+    # Many models take **kwargs and ignore num_items_in_batch; believing them would multiply gradients by the
+    # accumulation steps. Only the causal language model loss is known to divide by it.
+    loss_type = getattr(base_model(trainer.model), "loss_type", None)
+    if LOSS_MAPPING.get(loss_type) is not ForCausalLMLoss:
+        trainer.model_accepts_loss_kwargs = False
+
+
+def check_host(cls: type, mixin: type, args: Any) -> None:
+    if not isinstance(args, ATMArguments):
+        raise ValueError(
+            f"{cls.__name__} needs args with the loop's settings, got {type(args).__name__}; use ATMConfig, or mix "
+            "ATMArguments into the host's: `@dataclass class MyConfig(ATMArguments, SFTConfig)`."
+        )
+    bases = cls.__mro__[cls.__mro__.index(mixin) + 1 :]
+    for name in ("get_train_dataloader", "_get_train_sampler", "create_scheduler"):
+        owner = next((base for base in bases if name in vars(base)), None)
+        if owner is not Trainer:
+            found = "nothing" if owner is None else owner.__name__
+            raise TypeError(
+                f"{cls.__name__} cannot run the loop: {name} comes from {found}, not from transformers.Trainer; use a "
+                "trainer that reads its data as Trainer does (Trainer, Seq2SeqTrainer, SFTTrainer, DPOTrainer, ...)."
+            )
+
+
+def with_heads(peft_config: PeftConfig, model: Any, args: Any) -> PeftConfig:
+    """Let the heads train beside the adapter, unless they are frozen."""
+    heads = getattr(base_model(model), "heads", None)
+    if args.task_specific_modules:
+        raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
+    if (
+        heads is None
+        or args.freeze_heads
+        or not isinstance(peft_config, LoraConfig)
+        and not hasattr(peft_config, "modules_to_save")
+    ):
+        return peft_config
+    names = [f"heads.{task}" for task in heads]
+    return dataclasses.replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or []), *names])
+
+
+def prepare_model(model: Any, args: Any, tasks: list[str]) -> Any:
+    """Give the model what the settings ask of it: private modules, frozen heads.
+
+    Raises:
+        ValueError: when the model does not know the tasks, or cannot do what is asked.
+    """
+    inner = base_model(model)
+    known = getattr(getattr(inner, "config", None), "tasks", None)
+    if isinstance(known, Mapping) and set(known) != set(tasks):
+        checks.check_keys("train_dataset", tasks, list(known))
+    if args.task_specific_modules:
+        if not has_task_specific(inner):
+            raise ValueError(
+                f"task_specific_modules needs a model that stores a copy per task, and {type(inner).__name__} does "
+                "not; wrap its backbone with MultiTaskModel.from_backbone."
+            )
+        if isinstance(model, PeftModel):
+            raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
+        inner.add_task_specific_modules(list(args.task_specific_modules))
+    if args.freeze_heads:
+        heads = getattr(inner, "heads", None)
+        if heads is None:
+            raise ValueError(f"freeze_heads=True needs a model with heads, and {type(inner).__name__} has none.")
+        heads.requires_grad_(False)
+    return model
+
+
+def wrap_model_init(model_init: Callable, fit_out: Callable[[Any], Any]) -> Callable:
+    """A `model_init` whose models have gone through `fit_out`."""
+    takes_trial = bool(inspect.signature(model_init).parameters)
+
+    def prepared(trial: Any = None) -> Any:
+        return fit_out(model_init(trial) if takes_trial else model_init())
+
+    return prepared
