@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -83,6 +84,36 @@ def test_with_batch_normalisation(tmp_path):
 @pytest.mark.parametrize("mode", ["delta", "svd", "adapter"])
 def test_with_an_adapter(tmp_path, mode):
     check_checkpoints(tmp_path, lora=True, lora_merge_mode=mode)
+
+
+def noisy(rows):
+    """A random augmentation, and a column that only it needs."""
+    features = torch.tensor(rows["raw"])
+    return {"features": features + 0.1 * torch.randn_like(features), "labels": torch.tensor(rows["labels"])}
+
+
+def noisy_data(size):
+    data = {task: make_data(task, size).with_format(None).rename_column("features", "raw") for task in SIZES}
+    return {task: dataset.with_transform(noisy) for task, dataset in data.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_random_augmentation(tmp_path, workers):
+    settings = {"num_rounds": 2, "dataloader_num_workers": workers, "gradient_accumulation_steps": 2}
+    model = TinyModel(dropout=0.3)
+    whole = make_trainer(
+        tmp_path / "whole",
+        copy.deepcopy(model),
+        train_dataset=noisy_data(32),
+        save_strategy="steps",
+        save_steps=1,
+        **settings,
+    )
+    whole.train()
+    for step in (1, 3, 8):
+        resumed = make_trainer(tmp_path / str(step), copy.deepcopy(model), train_dataset=noisy_data(32), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert largest_difference(parameters_of(resumed.model), parameters_of(whole.model)) == 0.0
 
 
 def test_with_an_adapter_and_ties(tmp_path):

@@ -162,7 +162,8 @@ class ATMMixin(EvaluationMixin):
         self._staging: str | None = None
 
     def _without_unused(self, dataset: Any) -> Any:
-        if isinstance(dataset, hf_datasets.Dataset):
+        # A transform may need columns that the model does not; the collator drops those once it has run.
+        if isinstance(dataset, hf_datasets.Dataset) and dataset.format["type"] != "custom":
             return self._remove_unused_columns(dataset, description="training")  # type: ignore[attr-defined]
         return dataset
 
