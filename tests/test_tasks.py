@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,8 +20,12 @@ from hf_atm.tasks import (
     prepare_text,
 )
 
+from .testing_utils import SHARED_DATA, requires_shared_data
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -259,12 +263,14 @@ def test_wrong_kind_of_data(tmp_path, rows):
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data folder beside the repository")
+@requires_shared_data
 def test_real_data():
-    pair = load_task(TaskSpec("stsb", str(DATA / "text" / "stsb"), max_train_examples=10, max_eval_examples=10))
+    pair = load_task(TaskSpec("stsb", str(SHARED_DATA / "text" / "stsb"), max_train_examples=10, max_eval_examples=10))
     assert pair.spec.problem_type == "regression"
     assert pair.splits["train"].column_names == ["text", "text_pair", "labels"]
-    grey = load_task(TaskSpec("mnist", str(DATA / "vision" / "mnist"), max_train_examples=4, max_eval_examples=4))
+    grey = load_task(
+        TaskSpec("mnist", str(SHARED_DATA / "vision" / "mnist"), max_train_examples=4, max_eval_examples=4)
+    )
     grey = prepare_images(grey, make_image_processor(32))
     assert grey.splits["train"][0]["pixel_values"].shape == (3, 32, 32)
     assert len(grey.head["label2id"]) == 10

@@ -1,0 +1,195 @@
+"""A whole experiment from one YAML file: model, tasks and settings, every name checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..config import ATMConfig
+from ..tasks import TaskSpec
+
+
+_TOP_KEYS = ("model", "tasks", "task_defaults", "training", "data_root", "export_tasks")
+_MODEL_KEYS = ("backbone", "config", "causal_lm", "pooling", "peft", "image")
+_IMAGE_KEYS = ("size", "channels", "mean", "std")
+
+
+@dataclass
+class Experiment:
+    """What a YAML file says, checked but not yet loaded.
+
+    Args:
+        model (`dict`): One of `backbone`, `config` (a new model) or `causal_lm`, and `pooling`, `peft`, `image`.
+        tasks (`dict[str, TaskSpec]`): The tasks, in the file's order.
+        args (`ATMConfig`): The run's settings.
+        export_tasks (`bool`): Save a stock model per task beside the merged one.
+    """
+
+    model: dict[str, Any]
+    tasks: dict[str, TaskSpec]
+    args: ATMConfig
+    export_tasks: bool = False
+
+
+def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads and checks a YAML file.
+
+    Args:
+        path (`str` or `os.PathLike`): The file. Environment variables in its values are expanded; relative folders are
+            looked up from `data_root`, and that from the file's own folder.
+        overrides (`Sequence[str]`, *optional*): Command line arguments `--field value` that replace settings.
+
+    Raises:
+        FileNotFoundError: If the file or `data_root` does not exist.
+        ValueError: If the file is not valid YAML, or a key is unknown or missing; the message names the known ones.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config {str(path)!r} does not exist; see examples/configs for a start")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
+    raw = _expand(raw)
+    check_keys("config", raw, _TOP_KEYS, required=("model", "tasks"))
+    folder = path.resolve().parent
+    root = folder / Path(raw.get("data_root") or ".").expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_root {raw['data_root']!r} is not a folder (looked for {root})")
+
+    model = dict(as_mapping("model", raw["model"]))
+    check_keys("model", model, _MODEL_KEYS)
+    sources = [key for key in ("backbone", "config", "causal_lm") if key in model]
+    if len(sources) != 1:
+        raise ValueError(f"model needs exactly one of backbone, config and causal_lm, and has {len(sources)} of them")
+    if "image" in model:
+        check_keys("model.image", model["image"], _IMAGE_KEYS)
+    for key in ("backbone", "causal_lm"):
+        if key in model:
+            model[key] = resolve_reference(model[key], folder)
+
+    defaults = as_mapping("task_defaults", raw.get("task_defaults") or {})
+    known = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
+    check_keys("task_defaults", defaults, known)
+    tasks = {}
+    for name, entry in as_mapping("tasks", raw["tasks"]).items():
+        entry = {**defaults, **as_mapping(f"tasks.{name}", entry or {})}
+        check_keys(f"tasks.{name}", entry, known, required=("dataset",))
+        entry["dataset"] = _resolve_dataset(str(entry["dataset"]), root)
+        tasks[str(name)] = TaskSpec(name=str(name), **entry)
+    if not tasks:
+        raise ValueError("config names no task; add at least one under tasks")
+
+    training = dict(as_mapping("training", raw.get("training") or {}))
+    if all(task.eval_split for task in tasks.values()):
+        training.setdefault("eval_strategy", "epoch")
+    return Experiment(model, tasks, parse_training(training, overrides), bool(raw.get("export_tasks", False)))
+
+
+def parse_training(training: Mapping[str, Any], overrides: Sequence[str] = ()) -> ATMConfig:
+    """Builds the settings from a file's values and the command line's, which win.
+
+    Text in the file is read as the command line would read it, so that `1e-5`, text to YAML, is a number.
+
+    Raises:
+        ValueError: If a field is unknown or its value cannot be read.
+    """
+    parser = _FieldParser(ATMConfig, allow_abbrev=False, add_help=False)
+    names = [f.name for f in fields(ATMConfig) if f.init]
+    check_keys("training", training, names)
+    words = [word for name, value in training.items() if isinstance(value, str) for word in (f"--{name}", value)]
+    for action in parser._actions:
+        # Only what was given counts; everything else is left to the dataclass.
+        action.default = argparse.SUPPRESS
+    values = {**training, **vars(_parse(parser, names, words)), **vars(_parse(parser, names, overrides))}
+    return ATMConfig(**values)
+
+
+def resolve_reference(reference: str, folder: Path) -> str:
+    """A model's place: `package:module/sub/folder`, a folder (relative to `folder`), or else a Hub id as it stands.
+
+    Raises:
+        FileNotFoundError: If the package is not installed or has no such folder, or a path that is plainly local does
+            not exist.
+    """
+    if reference.startswith("package:"):
+        module, _, rest = reference.removeprefix("package:").partition("/")
+        found = importlib.util.find_spec(module)
+        if found is None or found.origin is None:
+            raise FileNotFoundError(
+                f"model {reference!r}: the Python package {module!r} is not installed; "
+                f"try pip install {module.replace('_', '-')}"
+            )
+        path = Path(found.origin).parent / rest
+        if not path.is_dir():
+            raise FileNotFoundError(f"model {reference!r}: the package has no folder {rest!r}")
+        return str(path)
+    path = folder / Path(reference).expanduser()
+    if path.is_dir():
+        return str(path)
+    if reference.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model {reference!r} is not a folder (looked for {path})")
+    return reference
+
+
+class _FieldParser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"training: {message}")
+
+
+def _parse(parser: _FieldParser, names: Sequence[str], words: Sequence[str]) -> argparse.Namespace:
+    values, rest = parser.parse_known_args(list(words))
+    if rest:
+        unknown = rest[0].removeprefix("--").split("=")[0]
+        raise ValueError(f"unknown setting {rest[0]!r}{_suggest(unknown, names)}")
+    return values
+
+
+def _resolve_dataset(dataset: str, root: Path) -> str:
+    path = root / Path(dataset).expanduser()
+    return str(path) if path.exists() or dataset.startswith((".", "/", "~")) else dataset
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, str):
+        return os.path.expandvars(value)
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    return value
+
+
+def as_mapping(where: str, value: Any) -> Mapping[str, Any]:
+    """`value`, if it is a mapping; `where` names it in the error."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} must hold keys and values, not {value!r}")
+    return value
+
+
+def check_keys(where: str, value: Any, known: Sequence[str], required: Sequence[str] = ()) -> None:
+    """Refuses unknown and missing keys, with the nearest known one as a hint."""
+    value = as_mapping(where, value)
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{where} has the unknown key {str(key)!r}{_suggest(str(key), known)}")
+    for key in required:
+        if key not in value:
+            raise ValueError(f"{where} lacks the key {key!r}")
+
+
+def _suggest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?" + (f" (known: {', '.join(known)})" if len(known) <= 20 else "")
+    shown = ", ".join(sorted(known)) if len(known) <= 20 else "the fields of hf_atm.ATMConfig"
+    return f"; known: {shown}"

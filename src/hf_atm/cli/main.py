@@ -1,0 +1,136 @@
+"""`hf-atm`: the command line's front door. Only the standard library is imported before a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from .. import __version__
+
+
+_DESCRIPTION = """\
+Multi-task models by alternating tuning and merging (ATM): tune one model on each task for a short while, merge, repeat.
+
+Start with `hf-atm demo`: it runs offline, on data that comes with the dependencies, in about a minute."""
+
+_TRAIN_HELP = """\
+Runs ATM as a YAML file says, and leaves one multi-task model, its round table (atm_report.json) and, if asked, one
+stock model per task in the output directory. Every field of ATMConfig, and so of transformers' TrainingArguments, may
+follow the file and replaces what the file says:
+
+    hf-atm train examples/configs/glue_local.yaml --num_rounds 3 --learning_rate 1e-4 --output_dir runs/short
+    hf-atm train examples/configs/glue_local.yaml --resume_from_checkpoint true"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `hf-atm` and its subcommands."""
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # A default here would overwrite what was given before the subcommand.
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    common.add_argument(
+        "--quiet", action="store_true", default=argparse.SUPPRESS, help="no progress bar, results and errors only"
+    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="hf-atm", description=_DESCRIPTION, formatter_class=raw, parents=[common], allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"hf-atm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="ATM on real images, offline, beside a one-shot merge and single-task experts",
+        description="Trains a small ViT on real images that come with scikit-learn and compares, at an equal number "
+        "of optimizer steps per task: the pretrained model, a one-shot merge, ATM round by round, and the experts.",
+        parents=[common],
+        allow_abbrev=False,
+    )
+    demo.add_argument(
+        "--output", default="runs/demo", metavar="DIR", help="where the merged model goes (default: %(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="decides everything (default: %(default)s)")
+    demo.add_argument("--rounds", type=int, default=20, metavar="K", help="rounds of ATM (default: %(default)s)")
+    demo.add_argument(
+        "--steps", type=int, default=12, metavar="S", help="optimizer steps per task and round (default: %(default)s)"
+    )
+
+    train = commands.add_parser(
+        "train",
+        help="a whole ATM run: tasks, model and settings in one YAML file",
+        description=_TRAIN_HELP,
+        usage="hf-atm train [-h] [--debug] [--quiet] CONFIG.yaml [--FIELD VALUE ...]",
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    train.add_argument("config", metavar="CONFIG.yaml", help="see examples/configs")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="per-task metrics of a saved model",
+        description="Evaluates a multi-task model, a causal language model, or (with --tasks) a stock single-task "
+        "model on the tasks of a YAML file.",
+        parents=[common],
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="folder or Hub id")
+    evaluate.add_argument("config", metavar="CONFIG.yaml", help="the file that names the tasks")
+    evaluate.add_argument("--split", choices=("eval", "test"), default="eval", help="default: %(default)s")
+    evaluate.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
+    evaluate.add_argument("--batch_size", type=int, default=64, metavar="N", help="default: %(default)s")
+    evaluate.add_argument("--output", metavar="FILE.json", help="write the metrics here as well")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Arguments, without the program's name; the process's own by default.
+
+    Returns:
+        `int`: 0 on success, 1 when a run failed, 2 for a wrong input, 130 when interrupted.
+    """
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unknown argument: {rest[0]}")
+    debug, quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
+    # Set before transformers and tokenizers are imported, which read them once.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        if args.command == "demo":
+            from .demo import run_demo
+
+            return run_demo(args.output, seed=args.seed, rounds=args.rounds, steps=args.steps, quiet=quiet)
+        from . import commands
+
+        if args.command == "train":
+            return commands.train(args.config, rest, quiet=quiet)
+        return commands.evaluate(args.model, args.config, args.split, args.tasks, args.batch_size, args.output, quiet)
+    except KeyboardInterrupt:
+        print("hf-atm: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"hf-atm: error: {' '.join(str(message).split())}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split())
+        print(f"hf-atm: {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
