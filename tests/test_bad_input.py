@@ -27,6 +27,7 @@ def small():
         ({"merge_method": "ties", "merge_kwargs": {"desnity": 0.2}}, r"desnity.*density"),
         ({"num_rounds": 0}, "num_rounds is 0"),
         ({"local_epochs": 0}, "local_epochs is 0"),
+        ({"num_rounds": 2.5}, r"num_rounds is 2\.5"),
         ({"local_steps": 0}, "local_steps is 0"),
         ({"outer_learning_rate": "fast"}, "outer_learning_rate is 'fast'"),
         ({"outer_learning_rate": -1}, "outer_learning_rate is -1"),
@@ -70,8 +71,10 @@ def test_schedules_that_follow_an_evaluation(tmp_path):
 
 
 def test_optimizers_whose_state_cannot_be_reached(tmp_path):
+    with pytest.raises(ValueError, match="schedule_free.*second copy"):
+        make_config(tmp_path, optim="schedule_free_adamw", optimizer_policy="keep")
     with pytest.raises(ValueError, match="optim=.*optimizer_policy='keep'"):
-        make_config(tmp_path, optim="schedule_free_adamw")
+        make_config(tmp_path, optim="adalomo")
 
 
 def test_deepspeed(tmp_path, monkeypatch):
@@ -219,3 +222,47 @@ def test_stopping_an_epoch_early(tmp_path):
 def test_unknown_field():
     with pytest.raises(TypeError, match="num_round"):
         ATMConfig(output_dir="x", num_round=3)
+
+
+def test_adapters_whose_checkpoints_would_lack_something(tmp_path):
+    from peft import LoraConfig
+
+    adapter = {"peft_config": LoraConfig(r=2, target_modules=["body.0"])}
+    with pytest.raises(ValueError, match="save_only_model=True.*lora_merge_mode='svd'"):
+        make_trainer(tmp_path, save_only_model=True, save_strategy="epoch", **adapter)
+    for mode in ("svd", "adapter"):
+        with pytest.raises(ValueError, match="running statistics.*lora_merge_mode='delta'"):
+            make_trainer(tmp_path, TinyModel(batch_norm=True), lora_merge_mode=mode, **adapter)
+
+
+def test_an_interrupted_run_leaves_merged_weights_and_a_usable_trainer(tmp_path):
+    class Interrupt(ATMCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+        def on_round_end(self, args, state, control, *, round, model, **kwargs):
+            self.kept = parameters_of(model.body)
+
+    interrupt = Interrupt()
+    trainer = make_trainer(tmp_path, train_dataset=small(), callbacks=[interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(torch.equal(value, interrupt.kept[name]) for name, value in parameters_of(trainer.model.body).items())
+    trainer.remove_callback(interrupt)
+    trainer.train()
+    assert len(trainer.report) == 3
+
+
+def test_tasks_that_cannot_join(tmp_path):
+    trainer = make_trainer(
+        tmp_path, train_dataset={"colour": make_data("colour", 16)}, task_weights={"colour": 1.0}, num_rounds=1
+    )
+    with pytest.raises(ValueError, match="no head for 'smell'"):
+        trainer.add_task("smell", make_data("shape", 16))
+    with pytest.raises(ValueError, match="own eval_dataset"):
+        trainer.add_task("shape", make_data("shape", 16), make_data("shape", 16))
+    with pytest.raises(KeyError, match="task_weights"):
+        trainer.add_task("shape", make_data("shape", 16))
+    trainer.train()
+    assert trainer.report[0]["tasks"] == ["colour"]

@@ -161,6 +161,22 @@ def test_saved_experts_apply_to_the_saved_merged_model(tmp_path, method, rounds,
         assert largest_difference(expert, body(watch.experts[task])) <= 2e-5
 
 
+def test_saved_experts_bring_their_own_values_of_other_shared_modules(tmp_path):
+    watch = Watch()
+    config = {"target_modules": ["body.0"], "modules_to_save": ["body.2"]}
+    trainer = lora_trainer(tmp_path, callbacks=[watch], num_rounds=1, learning_rate=0.5, config=config)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    from safetensors.torch import load_file
+
+    plain = TinyModel()
+    plain.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
+    for task in TASKS:
+        loaded = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "saved" / "adapters" / task))
+        expert = body(parameters_of(loaded.merge_and_unload()))
+        assert largest_difference(expert, body(watch.experts[task])) <= 1e-5
+
+
 def test_saved_experts_of_svd_mode_apply_to_the_pretrained_model(tmp_path):
     watch = Watch()
     base = TinyModel()

@@ -86,6 +86,10 @@ def test_with_an_adapter(tmp_path, mode):
     check_checkpoints(tmp_path, lora=True, lora_merge_mode=mode)
 
 
+def test_with_an_adapter_and_batch_normalisation(tmp_path):
+    check_checkpoints(tmp_path, lora=True, batch_norm=True)
+
+
 def noisy(rows):
     """A random augmentation, and a column that only it needs."""
     features = torch.tensor(rows["raw"])

@@ -47,9 +47,9 @@ class Listener(ATMCallback):
         assert task_vector_norm > 0
         self.events.append(("task_end", round, task))
 
-    def on_round_end(self, args, state, control, *, round, merge_report, **kwargs):
+    def on_round_end(self, args, state, control, *, round, report, **kwargs):
         assert set(kwargs) >= {"model", "optimizer", "lr_scheduler", "train_dataloader", "processing_class"}
-        assert merge_report.round == round and merge_report.merged_norm > 0
+        assert report.round == round and report.merged_norm > 0
         self.events.append(("round_end", round))
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):

@@ -58,6 +58,9 @@ def save_expert_adapters(model: PeftModel, rounds: RoundState, output_dir: str, 
     """
     space = rounds.space
     assert isinstance(space, LoraSpace)
+    for task in rounds.tasks:
+        # Of an earlier save, whose merged model is being replaced.
+        shutil.rmtree(os.path.join(output_dir, "adapters", task), ignore_errors=True)
     moves = rounds.last_move() if space.mode == "delta" and rounds.linear_shares() is None else {}
     for task, vector in rounds.merged_vectors.items():
         assert isinstance(vector, LoraTaskVector)
@@ -71,7 +74,6 @@ def save_expert_adapters(model: PeftModel, rounds: RoundState, output_dir: str, 
             space.restore(live)
         else:
             _save_difference(model, rounds, task, moves, beside, base_name)
-        shutil.rmtree(folder, ignore_errors=True)
         os.rename(beside, folder)
 
 
@@ -81,6 +83,9 @@ def _save_difference(
     space: Any = rounds.space
     state = get_peft_model_state_dict(model, adapter_name=space.adapter)
     shares = rounds.linear_shares()
+    # Shared parameters beside the factors, with the expert's values.
+    for name in space.others.parameters:
+        state[name.replace(f".modules_to_save.{space.adapter}.", ".")] = rounds.merged_vectors[task].tensors[name]
     ranks = {}
     for name, layer in space.layers.items():
         a_name, b_name = space.factor_names(name)

@@ -59,7 +59,7 @@ class ATMCallback(TrainerCallback):
         control: TrainerControl,
         *,
         round: int,
-        merge_report: MergeReport,
+        report: MergeReport,
         **kwargs: Any,
     ) -> TrainerControl | None:
         """After the merge; the model holds the new base."""
@@ -101,11 +101,15 @@ class LastWordCallback(ATMCallback):
 
     def __init__(self, loop: ATMLoop) -> None:
         self.loop = loop
+        self.printed: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.printed = None
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if not self.loop.plan.is_round_end(state.global_step):
             control.should_evaluate = False
-        elif args.eval_strategy != "epoch":
+        elif not control.should_evaluate:
             self._finish_round(args, state)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -113,8 +117,9 @@ class LastWordCallback(ATMCallback):
             self._finish_round(args, state)
 
     def _finish_round(self, args: Any, state: TrainerState) -> None:
-        if not state.is_world_process_zero or not self.loop.records:
+        if not state.is_world_process_zero or not self.loop.records or self.printed == self.loop.records[-1]["round"]:
             return
+        self.printed = self.loop.records[-1]["round"]
         self.loop.write_report()
         if args.round_table:
             tqdm.write(round_table(self.loop.records[-1], args.num_rounds))

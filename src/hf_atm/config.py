@@ -19,8 +19,8 @@ _CHOICES = {
     "lora_merge_mode": ("delta", "svd", "adapter"),
 }
 
-# Optimizers that keep their state in parameter groups, where clearing `state` does not reach it.
-_GROUP_STATE_OPTIMIZERS = ("schedule_free", "prodigy", "dadapt")
+# Optimizers that keep state where clearing `state` does not reach it.
+_OUT_OF_REACH_OPTIMIZERS = ("prodigy", "dadapt", "layerwise", "lomo")
 
 
 @dataclass
@@ -32,7 +32,10 @@ class ATMArguments:
     """
 
     num_rounds: int = field(
-        default=10, metadata={"help": "Rounds: each tunes every task once and ends with one merge. At least 1."}
+        default=10,
+        metadata={
+            "help": "Rounds: each tunes every task once and ends with one merge. At least 1. Replaces num_train_epochs."
+        },
     )
     local_epochs: float = field(
         default=1.0,
@@ -76,7 +79,10 @@ class ATMArguments:
     )
     full_batch: bool = field(
         default=False,
-        metadata={"help": "Accumulate a whole local epoch into one optimizer step: exact gradient descent."},
+        metadata={
+            "help": "Accumulate a whole local epoch into one optimizer step: exact gradient descent. All tasks "
+            "must have the same number of examples; gradient_accumulation_steps is set to fit when it is 1."
+        },
     )
     lr_schedule_scope: str = field(
         default="segment",
@@ -139,8 +145,8 @@ class ATMArguments:
     def _check_fields(self) -> None:
         for name, minimum in (("num_rounds", 1), ("local_steps", 1)):
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} is {value}; it must be at least {minimum}.")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
         if not (self.local_epochs > 0 and math.isfinite(self.local_epochs)):
             raise ValueError(f"local_epochs is {self.local_epochs}; it must be above 0.")
         if not 0 <= self.outer_momentum < 1:
@@ -176,6 +182,7 @@ def check_host_arguments(args: Any) -> None:
         ValueError: naming the option, its value and the way out.
     """
     accelerator = args.accelerator_config
+    optimizer = str(getattr(args.optim, "value", args.optim)).lower()
     refused: list[tuple[bool, str]] = [
         (args.max_steps > 0, f"max_steps={args.max_steps} would cut a round; set num_rounds and local_steps instead"),
         (bool(args.deepspeed), "DeepSpeed keeps its own copy of the weights and would not see a merge; run on DDP"),
@@ -198,10 +205,14 @@ def check_host_arguments(args: Any) -> None:
             f"lr_scheduler_type={args.lr_scheduler_type} follows an evaluation, not the step; choose another schedule",
         ),
         (
-            args.optimizer_policy != "keep"
-            and any(name in str(args.optim).lower() for name in _GROUP_STATE_OPTIMIZERS),
-            f"optim={args.optim} keeps state that optimizer_policy={args.optimizer_policy!r} cannot reach; use "
+            args.optimizer_policy != "keep" and any(name in optimizer for name in _OUT_OF_REACH_OPTIMIZERS),
+            f"optim={optimizer} keeps state that optimizer_policy={args.optimizer_policy!r} cannot reach; use "
             "optimizer_policy='keep' or another optimizer",
+        ),
+        (
+            "schedule_free" in optimizer,
+            f"optim={optimizer} keeps a second copy of the weights that a merge would not reach; choose another "
+            "optimizer",
         ),
         (
             args.load_best_model_at_end and args.eval_strategy != IntervalStrategy.EPOCH,

@@ -61,7 +61,7 @@ def segment_length(
             )
         return local_steps
     examples = num_examples * local_epochs
-    if examples < global_batch:
+    if examples < global_batch - 1e-9:
         raise ValueError(
             f"Task {task!r} has {num_examples} examples x local_epochs={local_epochs:g} = {examples:g}, less than one "
             f"global batch of {global_batch}; lower per_device_train_batch_size or gradient_accumulation_steps, raise "

@@ -112,7 +112,9 @@ class EvaluationMixin:
         """
         host: Any = self
         sets = host.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(sets, TaskDataset):
+        if isinstance(sets, str):
+            sets = {sets: (host.eval_dataset or {}).get(sets, [])}
+        elif isinstance(sets, TaskDataset):
             sets = {sets.task: sets}
         if not isinstance(sets, Mapping):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)  # type: ignore[misc]
@@ -140,6 +142,7 @@ class EvaluationMixin:
             host.eval_dataset, dataset = {**(held or {}), task: host._as_task(task, dataset)}, task
         handler, history = host.callback_handler, self.state.log_history
         callbacks, length, started = handler.callbacks, len(history), perf_counter()
+        training = host.model.training
         handler.callbacks, self.atm.scoring = [], True
         if host.compute_metrics is not None:
             host.compute_metrics.task = task
@@ -152,6 +155,8 @@ class EvaluationMixin:
             if host.compute_metrics is not None:
                 host.compute_metrics.task = None
             del history[length:]
+            # A host that logs by mode must find the mode it left.
+            host.model.train(training)
             self.atm.count_evaluation(perf_counter() - started)
         return task_metrics({**logged, **result}, prefix, task)
 
@@ -174,6 +179,10 @@ class EvaluationMixin:
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         """As the host's; a [`TaskDataset`] says which task's head, collator and metrics apply."""
         metrics = getattr(self, "compute_metrics", None)
-        if metrics is not None:
-            metrics.task = getattr(test_dataset, "task", None)
-        return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
+        if metrics is None:
+            return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
+        metrics.task = getattr(test_dataset, "task", None)
+        try:
+            return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            metrics.task = None

@@ -7,9 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from . import checks
 from .config import ATMArguments
@@ -92,3 +94,30 @@ def wrap_model_init(model_init: Callable, fit_out: Callable[[Any], Any]) -> Call
         return fit_out(model_init(trial) if takes_trial else model_init())
 
     return prepared
+
+
+def settle_jit(callback: JITCheckpointCallback, world_size: int) -> None:
+    """Let a checkpoint on SIGTERM happen only where it is complete, and on all processes at once.
+
+    Between backward and optimizer step the dropout masks of the step are already drawn, so a checkpoint there could not
+    be resumed bit by bit. With several processes the signal reaches them at different moments, and a checkpoint is a
+    collective act: they agree at the end of every step.
+    """
+    silent = TrainerCallback()
+    callback.on_pre_optimizer_step = silent.on_pre_optimizer_step
+    if world_size == 1:
+        return
+    callback.on_step_begin = silent.on_step_begin
+    callback.on_epoch_end = silent.on_epoch_end
+    save = callback.on_step_end
+
+    def on_step_end(args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        manager = callback.jit_manager
+        requested = torch.tensor([float(manager.is_checkpoint_requested)], device=args.device)
+        torch.distributed.all_reduce(requested, op=torch.distributed.ReduceOp.MAX)
+        if not requested.item():
+            return None
+        manager.is_checkpoint_requested = True
+        return save(args, state, control, **kwargs)
+
+    callback.on_step_end = on_step_end

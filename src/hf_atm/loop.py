@@ -13,6 +13,7 @@ from accelerate.utils import broadcast
 from .callbacks import ATMCallback
 from .checkpoint import REPORT_NAME, load_tensors, load_values, save_state, write_json
 from .data import RoundDataset, segment_length
+from .lora import check_adapter_setup
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, task_weights
 from .parameters import ParameterGroups
@@ -54,6 +55,7 @@ class ATMLoop:
     def plan_run(self) -> None:
         """Lay out rounds, segments and data from the arguments as they are now."""
         args = self.args
+        args.num_train_epochs = float(args.num_rounds)
         self.global_batch = self.trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.num_examples = {task: len(dataset) for task, dataset in self.datasets.items()}
         lengths = {
@@ -86,8 +88,10 @@ class ATMLoop:
         """Group the model's parameters and prepare the round; refuses what cannot be merged exactly."""
         args, model = self.args, self.trainer.model
         self.groups = ParameterGroups(model, list(self.plan.tasks))
+        space = self.groups.space(args.lora_merge_mode, args.task_vector_device)
+        check_adapter_setup(self.trainer, space, bool(self.groups.statistics()))
         self.rounds = RoundState(
-            self.groups.space(args.lora_merge_mode, args.task_vector_device),
+            space,
             list(self.plan.tasks),
             task_weights(args.task_weights, self.num_examples),
             args.merge_method,
@@ -107,10 +111,17 @@ class ATMLoop:
         self.expert_scores: dict[str, float] = {}
 
     def add_dataset(self, task: str, dataset: Any) -> None:
-        """Take in another task between runs."""
-        self.datasets = dict(sorted({**self.datasets, task: dataset}.items()))
-        self.plan_run()
-        self._set_up()
+        """Take in another task between runs; nothing changes when it does not fit."""
+        before = self.datasets
+        self.datasets = dict(sorted({**before, task: dataset}.items()))
+        try:
+            self.plan_run()
+            self._set_up()
+        except Exception:
+            self.datasets = before
+            self.plan_run()
+            self._set_up()
+            raise
 
     def count_evaluation(self, seconds: float) -> None:
         """Book wall time spent on evaluation."""
@@ -128,7 +139,8 @@ class ATMLoop:
             self.records = []
             self.rounds.open()
         self.resume_from = None
-        self._open_segment(self.plan.locate(state.global_step).task)
+        finished = state.global_step == self.plan.total_steps
+        self._open_segment(self.plan.tasks[-1] if finished else self.plan.locate(state.global_step).task)
 
     def begin_step(self, state: Any, control: Any) -> Any:
         position = self.plan.locate(state.global_step)
@@ -198,13 +210,16 @@ class ATMLoop:
         )
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.expert_metrics, self.expert_scores = {}, {}
-        return self.emit("on_round_end", state, control, round=report.round, merge_report=report)
+        return self.emit("on_round_end", state, control, round=report.round, report=report)
 
     def end_training(self, state: Any) -> None:
         """A run that stops inside a round leaves the last merged weights, unless the best ones were just loaded."""
         loaded_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
         if loaded_best:
             self.rounds.load_weights(load_tensors(state.best_model_checkpoint))
+            if state.best_global_step != state.global_step:
+                # Experts that are kept for export belong to the last round.
+                self.rounds.merged_vectors = {}
         elif not self.plan.is_round_end(state.global_step):
             self.rounds.restore()
         if state.is_world_process_zero:
@@ -236,6 +251,12 @@ class ATMLoop:
         if self.trainer._created_lr_scheduler and scheduler.last_epoch != step:
             scheduler.last_epoch = step - 1
             scheduler.step()
+
+    def interrupt(self) -> None:
+        """An exception leaves the last merged weights, and a trainer that can be used again."""
+        if self.trainer.is_in_train and hasattr(self.rounds, "base"):
+            self.rounds.restore()
+        self.trainer.is_in_train = False
 
     # ---- Divergence ----
 
@@ -366,6 +387,6 @@ class ATMLoop:
         mid_round = not self.plan.is_round_end(state.global_step)
         self.rounds.load(stored["rounds"], tensors, mid_round)
         live = dict(self.trainer.model.named_parameters())
-        self.memory.load(tensors, stored["moments"], live)
+        self.memory.load(tensors, stored["moments"], live, self.trainer.optimizer)
         for name in _PROGRESS:
             setattr(self, name, stored[name])

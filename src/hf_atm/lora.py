@@ -137,10 +137,10 @@ class LoraSpace(Space):
         return LoraTaskVector(self, base, self.snapshot()).read(name)
 
     def capture(self, base: Mapping[str, Tensor]) -> LoraTaskVector:
-        return LoraTaskVector(self, base, self.snapshot())
+        return LoraTaskVector(self, dict(base), self.snapshot())
 
     def revive(self, base: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> LoraTaskVector:
-        return LoraTaskVector(self, base, tensors)
+        return LoraTaskVector(self, dict(base), tensors)
 
     @torch.no_grad()
     def update(self, name: str, factors: Mapping[str, Tensor]) -> Tensor:
@@ -167,7 +167,8 @@ class LoraSpace(Space):
             else:
                 self._compress(name, base, self.update(name, base) + move[name])
         for name in self.others.parameters:
-            base[name].add_(move[name])
+            # Not in place: vectors that were captured still refer to the old values.
+            base[name] = base[name] + move[name]
         self.restore(base)
 
     def _compress(self, name: str, base: dict[str, Tensor], update: Tensor) -> None:
@@ -187,6 +188,32 @@ class LoraSpace(Space):
     def load_checkpoint_weights(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.layers[name].get_base_layer().weight.copy_(tensor)
+
+
+def check_adapter_setup(trainer: Any, space: Space, has_statistics: bool) -> None:
+    """Refuse settings under which an adapter's checkpoints or references would not follow the merges.
+
+    Raises:
+        ValueError: naming the setting and the way out.
+    """
+    if not isinstance(trainer.model, PeftModel):
+        return
+    delta = isinstance(space, LoraSpace) and space.mode == "delta"
+    if delta and trainer.args.save_only_model and str(trainer.args.save_strategy) != "no":
+        raise ValueError(
+            "save_only_model=True would save the adapter without the base weights that lora_merge_mode='delta' changes; "
+            "leave it off, or use lora_merge_mode='svd'."
+        )
+    if delta and getattr(trainer, "ref_model", trainer) is None:
+        raise ValueError(
+            f"{type(trainer).__name__} takes the model without its adapter as reference, and lora_merge_mode='delta' "
+            "moves that; use lora_merge_mode='svd', or pass ref_model."
+        )
+    if not delta and has_statistics:
+        raise ValueError(
+            "A saved adapter holds no running statistics, and this model's batch normalisation changes them; use "
+            "lora_merge_mode='delta', which saves the whole model."
+        )
 
 
 def compress(update: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:

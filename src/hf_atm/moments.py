@@ -70,8 +70,20 @@ class OptimizerMemory:
                         tensors[f"optimizer.{task}.{name}.{slot}"] = value
         return tensors, values
 
-    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        parameters: Mapping[str, Tensor],
+        optimizer: Any,
+    ) -> None:
         """Counterpart of `tensors`; `parameters` are the live ones by name."""
+        on_device = {
+            parameter
+            for group in _inner(optimizer).param_groups
+            if group.get("fused") or group.get("capturable")
+            for parameter in group["params"]
+        }
         self.states = {
             task: {parameters[name]: dict(slots) for name, slots in state.items()} for task, state in values.items()
         }
@@ -81,8 +93,8 @@ class OptimizerMemory:
             _, task, rest = key.split(".", 2)
             name, _, slot = rest.rpartition(".")
             parameter = parameters[name]
-            # Step counters stay on the CPU, where torch's unfused optimizers keep them.
-            device = tensor.device if tensor.ndim == 0 else parameter.device
+            # Unfused optimizers keep their step counters on the CPU.
+            device = parameter.device if tensor.ndim or parameter in on_device else tensor.device
             self.states[task][parameter][slot] = tensor.to(device)
 
 

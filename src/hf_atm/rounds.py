@@ -131,7 +131,7 @@ class RoundState:
             `float`: its L2 norm before clipping.
 
         Raises:
-            DivergenceError: when it holds NaN or infinity; nothing is taken then.
+            DivergenceError: when it holds NaN or infinity; the round cannot be merged any more then.
         """
         if self.streaming:
             norm = self._add_to_sum(task)
@@ -278,6 +278,8 @@ class RoundState:
         """What a checkpoint must hold beside the Trainer's own: JSON-ready values, and tensors by dotted name."""
         tensors = {f"outer.velocity.{name}": tensor for name, tensor in self.outer.velocity.items()}
         tensors |= {f"weights.{name}": tensor for name, tensor in self.space.checkpoint_weights().items()}
+        # The Trainer's checkpoint of an adapter holds no buffers.
+        tensors |= {f"statistics.{name}": tensor for name, tensor in self._read_statistics().items()}
         if not mid_round:
             return {}, tensors
         tensors |= {f"base.{name}": tensor for name, tensor in self.base.items()}
@@ -314,6 +316,8 @@ class RoundState:
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the weights that a checkpoint of the Trainer lacks, from `tensors` as `state` gave them."""
         self.space.load_checkpoint_weights(_under(tensors, "weights"))
+        if self.statistics:
+            self._write_statistics(_under(tensors, "statistics"))
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

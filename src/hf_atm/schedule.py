@@ -90,10 +90,6 @@ class RoundPlan:
         """Optimizer steps of the whole run."""
         return self.round_steps * self.num_rounds
 
-    def length(self, task: str) -> int:
-        """Optimizer steps of `task` in every round."""
-        return self.lengths[self.tasks.index(task)]
-
     def locate(self, step: int) -> Position:
         """The step that follows `step` finished ones; after the last step of a run, the first of a next round."""
         round_index, within = divmod(step, self.round_steps)

@@ -9,10 +9,10 @@ from typing import Any
 
 import datasets as hf_datasets
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -23,7 +23,7 @@ from .adapters import merged_state_dict, save_expert_adapters
 from .callbacks import LastWordCallback, RoundCallback
 from .data import TaskCollator, TaskDataset
 from .evaluation import EvaluationMixin, TaskMetrics
-from .hosts import check_host, prepare_model, set_loss_scaling, with_heads, wrap_model_init
+from .hosts import check_host, prepare_model, set_loss_scaling, settle_jit, with_heads, wrap_model_init
 from .learning_rate import learning_rate_multiplier
 from .loop import ATMLoop
 from .lora import LoraSpace
@@ -156,8 +156,7 @@ class ATMMixin(EvaluationMixin):
         handler.callbacks.append(LastWordCallback(self.atm))
         for callback in handler.callbacks:
             if isinstance(callback, JITCheckpointCallback):
-                # Between backward and step the dropout masks of the step are already drawn: wait for its end.
-                callback.on_pre_optimizer_step = TrainerCallback().on_pre_optimizer_step
+                settle_jit(callback, self.args.world_size)
         self._written: set[str] = set()
         self._staging: str | None = None
 
@@ -202,7 +201,12 @@ class ATMMixin(EvaluationMixin):
         return dict(self.atm.rounds.vectors)
 
     def add_task(
-        self, name: str, train_dataset: Any, eval_dataset: Any = None, compute_metrics: Callable | None = None
+        self,
+        name: str,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        compute_metrics: Callable | None = None,
+        data_collator: Callable | None = None,
     ) -> None:
         """Add a task before the next call of `train()`; a [`MultiTaskModel`] gets its head first, with its `add_task`.
 
@@ -210,31 +214,44 @@ class ATMMixin(EvaluationMixin):
             name (`str`): the new task.
             train_dataset (`Dataset`): its examples, prepared as the model takes them.
             eval_dataset (`Dataset`, *optional*): needed when the other tasks have one.
-            compute_metrics (`Callable`, *optional*): needed when the other tasks have one each.
+            compute_metrics, data_collator (`Callable`, *optional*): needed when the other tasks have one each.
 
         Raises:
             RuntimeError: during `train()`, whose plan is fixed.
+            ValueError: when something is missing or does not fit; nothing has changed then.
         """
         host: Any = self
         if host.is_in_train:
             raise RuntimeError("add_task during train() would change the plan of a run under way; call it after.")
-        checks.check_keys("add_task", [name], [name])
+        if isinstance(self.model, PeftModel):
+            raise ValueError("add_task cannot give an adapter another head yet; start a new trainer.")
         if name in self.atm.datasets:
             raise ValueError(f"There is a task {name!r} already; choose another name.")
+        heads = getattr(self.model, "heads", None)
+        if heads is not None and name not in heads:
+            raise ValueError(f"The model has no head for {name!r}; call model.add_task({name!r}, ...) first.")
         checks.check_datasets("train_dataset", {name: train_dataset})
-        checks.check_labels(base_model(self.model), "train_dataset", {name: train_dataset})
-        if (host.eval_dataset is not None) != (eval_dataset is not None):
-            raise ValueError(f"Task {name!r} must have an eval_dataset exactly when the other tasks have one.")
+        checks.check_labels(self.model, "train_dataset", {name: train_dataset})
         functions = None if host.compute_metrics is None else host.compute_metrics.functions
+        for argument, value, needed in (
+            ("eval_dataset", eval_dataset, host.eval_dataset is not None),
+            ("compute_metrics", compute_metrics, isinstance(functions, Mapping)),
+            ("data_collator", data_collator, bool(host.data_collator.collators)),
+        ):
+            if (value is not None) != needed:
+                raise ValueError(f"Task {name!r} must have its own {argument} exactly when the other tasks do.")
+        if eval_dataset is not None:
+            checks.check_datasets("eval_dataset", {name: eval_dataset})
+            checks.check_labels(self.model, "eval_dataset", {name: eval_dataset})
+        self.atm.add_dataset(name, self._without_unused(train_dataset))
         if isinstance(functions, Mapping):
-            if compute_metrics is None:
-                raise ValueError(f"Task {name!r} needs compute_metrics, as the other tasks have one each.")
             host.compute_metrics.functions = {**functions, name: compute_metrics}
+        if data_collator is not None:
+            host.data_collator.collators[name] = data_collator
         if eval_dataset is not None:
             host.eval_dataset = dict(sorted({**host.eval_dataset, name: self._as_task(name, eval_dataset)}.items()))
-        self.atm.add_dataset(name, self._without_unused(train_dataset))
-        # The optimizer must learn of the new head.
-        host.optimizer = None
+        # The optimizer, and DDP's wrapper, must learn of the new head.
+        host.optimizer, host.model_wrapped = None, host.model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run all rounds; see [`~transformers.Trainer.train`].
@@ -248,13 +265,17 @@ class ATMMixin(EvaluationMixin):
             DivergenceError: when a loss or task vector becomes NaN or infinite; the model then holds the last merged
                 weights.
         """
-        folder = self._resolve_resume(resume_from_checkpoint, searching=bool(args or kwargs.get("trial")))
+        folder = self._resolve_resume(resume_from_checkpoint, searching=bool(args[0] if args else kwargs.get("trial")))
         self.atm.plan_run()
         if folder is not None:
             self.atm.check_resume(folder)
         self.atm.resume_from = folder
         self._written.add(self.args.output_dir)
-        return super().train(folder, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().train(folder, *args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            self.atm.interrupt()
+            raise
 
     def _resolve_resume(self, resume: str | bool | None, searching: bool) -> str | None:
         output_dir = self.args.output_dir

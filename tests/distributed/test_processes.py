@@ -61,9 +61,11 @@ def test_gradient_norms_do_not_depend_on_accumulation(tmp_path):
 
 def test_two_processes_resume_bit_by_bit(tmp_path):
     options = ("--dropout", "0.3", "--batch-norm")
-    settings = {"save_strategy": "steps", "save_steps": 4, "ddp_find_unused_parameters": True}
+    settings = {"save_strategy": "no", "ddp_find_unused_parameters": True}
     (first, second), _ = run(tmp_path / "whole", 2, *options, **settings)
     assert largest_difference(first, second) == 0.0
-    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    # One process of two is told to stop inside the second segment; both save, at the same step.
+    run(tmp_path / "stopped", 2, *options, "--term", enable_jit_checkpoint=True, **settings)
+    checkpoint = str(tmp_path / "stopped" / "checkpoint-4")
     (resumed, _), _ = run(tmp_path / "resumed", 2, *options, "--resume", checkpoint, **settings)
     assert largest_difference(first, resumed) == 0.0

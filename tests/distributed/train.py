@@ -12,8 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from peft import LoraConfig
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from tests.testing_utils import METRICS, TinyModel, make_data, make_trainer, parameters_of
+
+
+class Signal(TrainerCallback):
+    """What SIGTERM does once its grace period is over, on the second process only."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        callbacks = trainer.callback_handler.callbacks
+        self.manager = next(c.jit_manager for c in callbacks if isinstance(c, JITCheckpointCallback))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 3:
+            self.manager.is_checkpoint_requested = True
 
 
 def main() -> None:
@@ -25,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch-norm", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--resume")
+    parser.add_argument("--term", action="store_true", help="one process is told to save and stop after four steps")
     parser.add_argument("--settings", type=json.loads, default={})
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -46,6 +61,8 @@ def main() -> None:
         **peft,
         **options.settings,
     )
+    if options.term:
+        trainer.add_callback(Signal(trainer))
     trainer.train(resume_from_checkpoint=options.resume)
     state = parameters_of(trainer.model)
     torch.save(state, Path(options.folder, f"state-{trainer.args.process_index}.pt"))
