@@ -26,6 +26,7 @@ def calm_libraries() -> None:
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true")
+    warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated")
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
 

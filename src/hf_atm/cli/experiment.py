@@ -62,7 +62,7 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     raw = _expand(raw)
     check_keys("config", raw, _TOP_KEYS, required=("model", "tasks"))
     folder = path.resolve().parent
-    root = folder / Path(raw.get("data_root") or ".").expanduser()
+    root = _joined(folder, raw.get("data_root") or ".")
     if not root.is_dir():
         raise FileNotFoundError(f"data_root {raw['data_root']!r} is not a folder (looked for {root})")
 
@@ -133,7 +133,7 @@ def resolve_reference(reference: str, folder: Path) -> str:
         if not path.is_dir():
             raise FileNotFoundError(f"model {reference!r}: the package has no folder {rest!r}")
         return str(path)
-    path = folder / Path(reference).expanduser()
+    path = _joined(folder, reference)
     if path.is_dir():
         return str(path)
     if reference.startswith((".", "/", "~")):
@@ -154,8 +154,12 @@ def _parse(parser: _FieldParser, names: Sequence[str], words: Sequence[str]) -> 
     return values
 
 
+def _joined(folder: Path, path: str) -> Path:
+    return Path(os.path.normpath(folder / Path(path).expanduser()))
+
+
 def _resolve_dataset(dataset: str, root: Path) -> str:
-    path = root / Path(dataset).expanduser()
+    path = _joined(root, dataset)
     return str(path) if path.exists() or dataset.startswith((".", "/", "~")) else dataset
 
 

@@ -96,12 +96,15 @@ def check_model(source: str) -> Any:
 
 
 def build_peft_config(values: Mapping[str, Any], causal_lm: bool) -> Any:
-    """A `LoraConfig` from a mapping, whose unknown keys are an error."""
+    """A `LoraConfig` from a mapping, whose unknown keys are an error; on all linear layers unless it says otherwise."""
     from peft import LoraConfig
 
     values = as_mapping("model.peft", values)
     check_keys("model.peft", values, [f.name for f in fields(LoraConfig) if f.init])
-    return LoraConfig(**{**({"task_type": "CAUSAL_LM"} if causal_lm else {}), **values})
+    defaults: dict[str, Any] = {"task_type": "CAUSAL_LM"} if causal_lm else {}
+    if not values.get("target_parameters"):
+        defaults["target_modules"] = "all-linear"
+    return LoraConfig(**{**defaults, **values})
 
 
 def _build_model(spec: Mapping[str, Any], heads: dict[str, dict]) -> Any:
