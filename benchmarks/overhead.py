@@ -25,7 +25,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import BertConfig, BertModel, Trainer, TrainingArguments
+from transformers import BertConfig, BertModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import hf_atm
@@ -101,6 +101,7 @@ def collate(rows: list[dict]) -> dict[str, Any]:
 
 
 def timed(trainer: Trainer, steps: int) -> float:
+    trainer.remove_callback(PrinterCallback)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
