@@ -94,7 +94,9 @@ def traces_of_a_run(run_dir: str) -> list[str]:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write JSON beside and rename; NaN becomes null, so that any reader can parse the file."""
-    beside = Path(path).with_suffix(".tmp")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
 

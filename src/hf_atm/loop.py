@@ -311,7 +311,6 @@ class ATMLoop:
 
     def write_report(self) -> None:
         """Write `atm_report.json`."""
-        os.makedirs(self.args.output_dir, exist_ok=True)
         write_json(os.path.join(self.args.output_dir, REPORT_NAME), {"rounds": self.records})
 
     # ---- Checkpoints ----

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 from .. import ATMTrainer, MultiTaskModel
+from ..checkpoint import write_json
 from ..modeling import MultiTaskConfig
 from .console import calm_libraries, calm_trainer, score_table
 from .experiment import Experiment, read_experiment
@@ -209,14 +209,6 @@ def _evaluate(
     metrics = trainer.evaluate(data[task], metric_key_prefix=f"{split}_{task}")
     first = (bench.tasks[task].spec.metrics or [])[0]
     return metrics, {task: metrics[f"{split}_{task}_{first}"]}, {task: first}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _resume(value: str | bool | None) -> str | bool | None:

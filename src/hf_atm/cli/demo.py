@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from .. import ATMConfig, ATMTrainer, MultiTaskModel
+from ..checkpoint import write_json
 from ..metrics import build_compute_metrics
 from ..tasks import make_image_processor
-from .commands import write_json
 from .console import calm_libraries, score_table
 from .demo_data import BASE_LABELS, LABELS, QUESTIONS, SIZE, Labelled, build_data
 
