@@ -266,3 +266,19 @@ def test_tasks_that_cannot_join(tmp_path):
         trainer.add_task("shape", make_data("shape", 16))
     trainer.train()
     assert trainer.report[0]["tasks"] == ["colour"]
+
+
+def test_a_run_that_fails_before_it_begins_leaves_the_weights_alone(tmp_path):
+    trainer = make_trainer(tmp_path, train_dataset=small(), num_rounds=1)
+    trainer.train()
+    with torch.no_grad():
+        trainer.model.body[0].weight.add_(1.0)
+    kept = parameters_of(trainer.model)
+
+    def fail(num_training_steps, optimizer=None):
+        raise OSError("no scheduler today")
+
+    trainer.create_scheduler = fail
+    with pytest.raises(OSError, match="no scheduler today"):
+        trainer.train()
+    assert all(torch.equal(value, kept[name]) for name, value in parameters_of(trainer.model).items())

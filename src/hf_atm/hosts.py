@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -19,6 +19,7 @@ from .parameters import base_model, has_task_specific
 
 
 def set_loss_scaling(trainer: Any) -> None:
+    """Tell the Trainer whether the model's loss divides by the number of items in the whole accumulated batch."""
     # Many models take **kwargs and ignore num_items_in_batch; believing them would multiply gradients by the
     # accumulation steps. Only the causal language model loss is known to divide by it.
     loss_type = getattr(base_model(trainer.model), "loss_type", None)
@@ -27,6 +28,12 @@ def set_loss_scaling(trainer: Any) -> None:
 
 
 def check_host(cls: type, mixin: type, args: Any) -> None:
+    """Refuse trainers that read their data in a way of their own, and settings without the loop's.
+
+    Raises:
+        TypeError: naming the method and the class it comes from.
+        ValueError: when `args` lacks [`ATMArguments`].
+    """
     if not isinstance(args, ATMArguments):
         raise ValueError(
             f"{cls.__name__} needs args with the loop's settings, got {type(args).__name__}; use ATMConfig, or mix "
@@ -48,12 +55,7 @@ def with_heads(peft_config: PeftConfig, model: Any, args: Any) -> PeftConfig:
     heads = getattr(base_model(model), "heads", None)
     if args.task_specific_modules:
         raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
-    if (
-        heads is None
-        or args.freeze_heads
-        or not isinstance(peft_config, LoraConfig)
-        and not hasattr(peft_config, "modules_to_save")
-    ):
+    if heads is None or args.freeze_heads or not hasattr(peft_config, "modules_to_save"):
         return peft_config
     names = [f"heads.{task}" for task in heads]
     return dataclasses.replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or []), *names])

@@ -42,6 +42,7 @@ class ATMLoop:
         self.records: list[dict[str, Any]] = []
         self.resume_from: str | None = None
         self.scoring = False
+        self.running = False
         self._reset_progress()
         self.plan_run()
         self._set_up()
@@ -139,6 +140,7 @@ class ATMLoop:
             self.records = []
             self.rounds.open()
         self.resume_from = None
+        self.running = True
         finished = state.global_step == self.plan.total_steps
         self._open_segment(self.plan.tasks[-1] if finished else self.plan.locate(state.global_step).task)
 
@@ -214,6 +216,7 @@ class ATMLoop:
 
     def end_training(self, state: Any) -> None:
         """A run that stops inside a round leaves the last merged weights, unless the best ones were just loaded."""
+        self.running = False
         loaded_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
         if loaded_best:
             self.rounds.load_weights(load_tensors(state.best_model_checkpoint))
@@ -254,8 +257,10 @@ class ATMLoop:
 
     def interrupt(self) -> None:
         """An exception leaves the last merged weights, and a trainer that can be used again."""
-        if self.trainer.is_in_train and hasattr(self.rounds, "base"):
+        # Before a run begins, the rounds still hold the base of the run before.
+        if self.running:
             self.rounds.restore()
+        self.running = False
         self.trainer.is_in_train = False
 
     # ---- Divergence ----

@@ -82,29 +82,21 @@ class OuterOptimizer:
         Returns:
             `dict[str, Tensor]`: `merged`, now holding what is to be added to the base.
         """
-        for name, update in merged.items():
-            if self.momentum:
-                velocity = self.velocity.get(name)
-                if velocity is None:
-                    velocity = self.velocity[name] = update.clone()
+        if self.momentum:
+            for name, update in merged.items():
+                if name in self.velocity:
+                    self.velocity[name].mul_(self.momentum).add_(update)
                 else:
-                    velocity.mul_(self.momentum).add_(update)
-                if self.nesterov:
-                    update.add_(velocity, alpha=self.momentum)
-                else:
-                    update.copy_(velocity)
-            if step_size != 1.0:
-                update.mul_(step_size)
-        return merged
+                    self.velocity[name] = update.clone()
+        return self.last_move(merged, step_size)
 
     def last_move(self, merged: dict[str, Tensor], step_size: float) -> dict[str, Tensor]:
-        """The move that `step` just made of `merged`, computed again without stepping; overwrites `merged`."""
+        """The move that the momentum as it stands makes of `merged`, in place: `step` without stepping."""
         for name, update in merged.items():
-            if self.momentum:
-                velocity = self.velocity[name]
-                if self.nesterov:
-                    update.add_(velocity, alpha=self.momentum)
-                else:
-                    update.copy_(velocity)
-            update.mul_(step_size)
+            if self.momentum and self.nesterov:
+                update.add_(self.velocity[name], alpha=self.momentum)
+            elif self.momentum:
+                update.copy_(self.velocity[name])
+            if step_size != 1.0:
+                update.mul_(step_size)
         return merged

@@ -116,11 +116,6 @@ class RoundState:
         self.merged_vectors: dict[str, TaskVector] = {}
         self._clear()
 
-    @property
-    def finished(self) -> list[str]:
-        """Tasks captured in this round."""
-        return list(self.norms)
-
     def _read_statistics(self) -> dict[str, Tensor]:
         return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.statistics.items()}
 
