@@ -15,6 +15,11 @@ from .tensors import canonical_tasks, sorted_keys, weighted_sum
 _NORMALIZES = {"mean": True, "linear": True, "task_arithmetic": False}
 
 
+def is_linear(method: str) -> bool:
+    """Whether a method's result is a sum of the task vectors with coefficients known beforehand."""
+    return method in _NORMALIZES
+
+
 def linear_coefficients(
     method: str,
     weights: Sequence[float],
@@ -53,7 +58,7 @@ def linear_coefficients(
     [0.75, 0.25]
     ```
     """
-    if method not in _NORMALIZES:
+    if not is_linear(method):
         raise ValueError(f"'{method}' is not a linear merge method; the linear ones are {', '.join(_NORMALIZES)}.")
     if isinstance(scaling_coefficient, str):
         raise ValueError(f"scaling_coefficient={scaling_coefficient!r} needs the merged vector; give a number here.")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 
-FAMILIES = ("linear", "elementwise", "spectral")
+FAMILIES = ("linear", "elementwise", "geometric", "spectral", "gram")
 
 # Read by every entry point rather than by the methods themselves.
 COMMON_PARAMETERS = ("scaling_coefficient", "scaling_factor")
@@ -33,14 +33,23 @@ class MergeMethod:
             `function(task_vectors, weights, names, **kwargs) -> dict[str, Tensor]`; pure, see
             [`register_merge_method`].
         family (`str`):
-            `"linear"` (a weighted sum, can be streamed), `"elementwise"` (masks and signs) or `"spectral"` (2-D only).
+            `"linear"` (a weighted sum), `"elementwise"` (masks and signs), `"geometric"` (angles and norms),
+            `"spectral"` (singular vectors of matrices) or `"gram"` (least squares over matrices).
         parameters (`Mapping[str, Any]`):
             Keyword parameters with their defaults. A parameter without default holds `inspect.Parameter.empty`.
         requires_base (`bool`):
             Whether the method needs task vectors, that is, a base model.
         per_tensor (`bool`):
-            Whether each tensor is merged without looking at the others (`trim_scope="model"` overrules it), so that
-            callers may hand over one tensor at a time.
+            Whether each tensor is merged without looking at the others, given what `prepare` found, so that callers
+            may hand over one tensor at a time.
+        prepare (`Callable`, *optional*):
+            `prepare(task_vectors, weights, names, **kwargs) -> Any`: what the method must know of the whole model, such
+            as a threshold; `None` where these keywords need nothing. The function takes it as `context`.
+        group (`Callable`, *optional*):
+            `group(keys, **kwargs) -> list[list[str]]`: which of the sorted tensor names must be merged together.
+        rescale (`Callable`, *optional*):
+            `rescale(task_vector_norms, merged_norm) -> float`: a factor on the whole merged task vector that belongs to
+            the method; callers apply it.
     """
 
     name: str
@@ -49,6 +58,9 @@ class MergeMethod:
     parameters: Mapping[str, Any]
     requires_base: bool = True
     per_tensor: bool = False
+    prepare: Callable[..., Any] | None = None
+    group: Callable[..., list[list[str]]] | None = None
+    rescale: Callable[[Sequence[float], float], float] | None = None
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -61,9 +73,23 @@ class MergeMethod:
         kinds = (parameter.kind for parameter in inspect.signature(self.function).parameters.values())
         return inspect.Parameter.VAR_KEYWORD in kinds
 
-    def separable(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether, with these keywords, merging tensor by tensor equals merging the whole model at once."""
-        return self.per_tensor and kwargs.get("trim_scope", self.parameters.get("trim_scope")) != "model"
+    def partition(self, keys: Sequence[str], kwargs: Mapping[str, Any]) -> list[list[str]]:
+        """The tensor names, sorted and split into what may be merged one after the other, or at the same time."""
+        keys = sorted(keys)
+        if not self.per_tensor:
+            return [keys]
+        return [[key] for key in keys] if self.group is None else self.group(keys, **kwargs)
+
+    def find_context(
+        self,
+        task_vectors: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float],
+        names: Sequence[str],
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The keyword with which the function knows of the whole model; empty where it needs nothing."""
+        found = self.prepare(task_vectors, weights, names, **kwargs) if self.prepare is not None else None
+        return {} if found is None else {"context": found}
 
 
 _METHODS: dict[str, MergeMethod] = {}
@@ -75,6 +101,9 @@ def register_merge_method(
     family: str,
     requires_base: bool = True,
     per_tensor: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    group: Callable[..., list[list[str]]] | None = None,
+    rescale: Callable[[Sequence[float], float], float] | None = None,
     overwrite: bool = False,
 ) -> Callable[[F], F]:
     """
@@ -86,11 +115,13 @@ def register_merge_method(
         *aliases (`str`):
             Further names of the same method.
         family (`str`):
-            `"linear"`, `"elementwise"` or `"spectral"`.
+            `"linear"`, `"elementwise"`, `"geometric"`, `"spectral"` or `"gram"`.
         requires_base (`bool`, *optional*, defaults to `True`):
             Set to `False` if the function may also be given parameters instead of task vectors.
         per_tensor (`bool`, *optional*, defaults to `False`):
-            Set to `True` if each tensor is merged on its own.
+            Set to `True` if each tensor is merged on its own; checkpoints then never lie in memory as a whole.
+        prepare, group, rescale (`Callable`, *optional*):
+            What a method on single tensors needs of the whole model, see [`MergeMethod`].
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether a registered name may be replaced.
 
@@ -118,13 +149,19 @@ def register_merge_method(
         if len(arguments) < 3 or arguments[0].kind is inspect.Parameter.VAR_POSITIONAL:
             raise ValueError(f"Merge method '{name}' must take (task_vectors, weights, names, **kwargs).")
         skipped = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        defaults = {argument.name: argument.default for argument in arguments[3:] if argument.kind not in skipped}
+        defaults = {
+            argument.name: argument.default
+            for argument in arguments[3:]
+            if argument.kind not in skipped and argument.name != "context"
+        }
         parameters = MappingProxyType(defaults)
         for label in (name, *aliases):
             if label in _METHODS and not overwrite:
                 raise ValueError(f"Merge method '{label}' is already registered; pass overwrite=True to replace it.")
         for label in (name, *aliases):
-            _METHODS[label] = MergeMethod(label, function, family, parameters, requires_base, per_tensor)
+            _METHODS[label] = MergeMethod(
+                label, function, family, parameters, requires_base, per_tensor, prepare, group, rescale
+            )
         return function
 
     return decorator

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import check_merge_kwargs, get_merge_method
+from .registry import MergeMethod, check_merge_kwargs, get_merge_method
 from .tensors import check_finite, check_names, check_weights, content_names, listed
 
 
@@ -73,8 +73,9 @@ def merge_task_vectors(
         for key, tensor in vector.items():
             check_finite(tensor, key, label)
     labels = labels or content_names(task_vectors, values, task_vectors[0])
-    merged = get_merge_method(method).function(task_vectors, values, labels, **kwargs)
-    return scale_merged(merged, scale, task_vectors, values)
+    rule = get_merge_method(method)
+    merged = rule.function(task_vectors, values, labels, **kwargs)
+    return _scale_merged(rule, merged, scale, task_vectors, values)
 
 
 def norm_scale(task_vector_norms: Iterable[float], merged_norm: float) -> float:
@@ -126,19 +127,26 @@ def resolve_scale(
     return checked, checked.pop("scaling_coefficient")
 
 
-def scale_merged(
+def _scale_merged(
+    rule: MergeMethod,
     merged: dict[str, Tensor],
     scale: float | str,
     task_vectors: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
 ) -> dict[str, Tensor]:
-    """Multiplies a merged task vector by a number or by the `"norm"` rule over the tasks of non-zero weight."""
-    if isinstance(scale, str):
+    """Applies the method's own factor, then a number or the `"norm"` rule over the tasks of non-zero weight."""
+    factor = 1.0
+    if rule.rescale is not None or isinstance(scale, str):
         counted = [vector for vector, weight in zip(task_vectors, weights, strict=True) if weight != 0]
-        scale = norm_scale(map(euclidean_norm, counted), euclidean_norm(merged))
-    if scale == 1.0:
+        norms, merged_norm = [euclidean_norm(vector) for vector in counted], euclidean_norm(merged)
+        factor = rule.rescale(norms, merged_norm) if rule.rescale is not None else 1.0
+        if isinstance(scale, str):
+            factor *= norm_scale(norms, merged_norm * abs(factor))
+    if not isinstance(scale, str):
+        factor *= scale
+    if factor == 1.0:
         return merged
-    return {key: (tensor.double() * scale).to(tensor.dtype) for key, tensor in merged.items()}
+    return {key: (tensor.double() * factor).to(tensor.dtype) for key, tensor in merged.items()}
 
 
 def _check_same_keys(task_vectors: Sequence[Mapping[str, Tensor]], labels: Sequence[str]) -> None:

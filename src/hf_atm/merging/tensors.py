@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +16,69 @@ from torch import Tensor
 MAX_LISTED = 20
 
 
+class LazyTensors(Mapping[str, Tensor]):
+    """A mapping whose tensors are computed or read when asked for, and whose shapes and pieces are cheap."""
+
+    @abstractmethod
+    def shape(self, key: str) -> torch.Size:
+        """Shape of a tensor, from what is known without computing it."""
+
+    @abstractmethod
+    def dtype(self, key: str) -> torch.dtype:
+        """Type in which a tensor is read."""
+
+    @abstractmethod
+    def chunk(self, key: str, start: int, stop: int) -> Tensor:
+        """The flat entries `[start, stop)` of a tensor, shape `(stop - start,)`."""
+
+
 @dataclass(frozen=True)
 class Task:
-    """One input of a merge: its name, its weight and its tensors."""
+    """One input of a merge: its name, its weight, its tensors, and whatever else the method was given for it."""
 
     name: str
     weight: float
     tensors: Mapping[str, Tensor]
+    extra: Any = None
+
+    def shape(self, key: str) -> torch.Size:
+        """Shape of a tensor, without computing it."""
+        return self.tensors.shape(key) if isinstance(self.tensors, LazyTensors) else self.tensors[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Type in which `tensor` and `chunk` give a tensor: float64 for float64, else float32."""
+        stored = self.tensors.dtype(key) if isinstance(self.tensors, LazyTensors) else self.tensors[key].dtype
+        return result_dtype(stored)
+
+    def tensor(self, key: str) -> Tensor:
+        """A whole tensor, detached, in the type of `dtype`; half types convert exactly."""
+        tensor = self.tensors[key].detach()
+        return tensor.to(result_dtype(tensor.dtype))
+
+    def chunk(self, key: str, start: int, stop: int) -> Tensor:
+        """The flat entries `[start, stop)` of a tensor, otherwise like `tensor`."""
+        if isinstance(self.tensors, LazyTensors):
+            piece = self.tensors.chunk(key, start, stop)
+        else:
+            piece = self.tensors[key].detach().reshape(-1)[start:stop]
+        return piece.to(result_dtype(piece.dtype))
 
 
 def canonical_tasks(
-    task_vectors: Sequence[Mapping[str, Tensor]], weights: Sequence[float], names: Sequence[str]
+    task_vectors: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    names: Sequence[str],
+    extra: Sequence[Any] | None = None,
 ) -> list[Task]:
     """
     Sorts the inputs by name, which makes every floating-point sum independent of the order they came in.
 
     Tasks of weight zero are left out (they neither vote nor take up rank), unless all weights are zero.
     """
+    beside = extra if extra is not None else [None] * len(names)
     tasks = [
-        Task(name, float(weight), tensors) for name, weight, tensors in zip(names, weights, task_vectors, strict=True)
+        Task(name, float(weight), tensors, more)
+        for name, weight, tensors, more in zip(names, weights, task_vectors, beside, strict=True)
     ]
     tasks = sorted(tasks, key=lambda task: task.name)
     return [task for task in tasks if task.weight != 0] or tasks
@@ -104,9 +150,15 @@ def check_names(names: Sequence[str], count: int) -> list[str]:
     return list(names)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds no infinity and no NaN."""
+    # The extremes carry both, and are found an order of magnitude faster than a mask of all entries.
+    return tensor.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
+
+
 def check_finite(tensor: Tensor, key: str, task: str) -> None:
     """Raises `ValueError` that names task and tensor if an entry is infinite or not a number."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise ValueError(f"Tensor '{key}' of '{task}' has entries that are not finite; nothing was merged.")
 
 

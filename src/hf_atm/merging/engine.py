@@ -1,0 +1,308 @@
+"""From T models to merged tensors, piece by piece: the same arithmetic for state dicts in memory and files on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linear import is_linear, linear_coefficients
+from .plan import MergePlan, State
+from .registry import MergeMethod
+from .task_vectors import euclidean_norm, norm_scale
+from .tensors import LazyTensors, Task, all_finite, check_finite, listed
+
+
+# Entries per piece: small enough for the second-level cache, large enough to hide the interpreter.
+PIECE = 1 << 17
+
+Norms = dict[str, list[float]]
+
+
+class ModelView(LazyTensors):
+    """A model's task vector `theta_t - theta_0`, or its parameters, computed when read so that no copy is ever held.
+
+    Args:
+        name (`str`): for messages.
+        state (`Mapping[str, Tensor]`): the model's tensors.
+        origin (`Mapping[str, Tensor]`, *optional*): the base; without one, parameters are given as they are.
+        plan (`MergePlan`): dtypes and rows.
+        keys (`Sequence[str]`): the tensors to show.
+        device (`torch.device`, *optional*): where to compute.
+
+    Raises:
+        ValueError: on reading entries that are not finite.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state: State,
+        origin: State | None,
+        plan: MergePlan,
+        keys: Sequence[str],
+        device: torch.device | None = None,
+    ) -> None:
+        self.name, self.state, self.origin, self.plan, self.keys_, self.device = (
+            name,
+            state,
+            origin,
+            plan,
+            keys,
+            device,
+        )
+
+    def only(self, keys: Sequence[str]) -> ModelView:
+        """The same view of fewer tensors."""
+        return ModelView(self.name, self.state, self.origin, self.plan, keys, self.device)
+
+    def shape(self, key: str) -> torch.Size:
+        shape = self.state[key].shape
+        return torch.Size((self.plan.rows[key], *shape[1:])) if key in self.plan.rows else shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.plan.dtypes[key]
+
+    def chunk(self, key: str, start: int, stop: int) -> Tensor:
+        piece = self._difference(key, lambda tensor: flat(tensor)[start:stop])
+        check_finite(piece, key, self.name)
+        return piece
+
+    def __getitem__(self, key: str) -> Tensor:
+        rows = self.plan.rows.get(key)
+        piece = self._difference(key, lambda tensor: tensor.detach() if rows is None else tensor.detach()[:rows])
+        check_finite(piece, key, self.name)
+        return piece
+
+    def _difference(self, key: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        piece = cut(self.state[key])
+        if self.origin is None:
+            return piece if self.device is None else piece.to(self.device)
+        piece = piece.to(self.device or piece.device, self.plan.dtypes[key])
+        return piece - cut(self.origin[key]).to(piece.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_)
+
+    def __len__(self) -> int:
+        return len(self.keys_)
+
+
+class Merger:
+    """One merge, ready to be carried out tensor by tensor, in any order and from several threads.
+
+    Args:
+        plan (`MergePlan`): what to merge.
+        models (`Sequence[Mapping[str, Tensor]]`): T models.
+        origin (`Mapping[str, Tensor]`, *optional*): their base.
+        rule (`MergeMethod`): the method.
+        weights, names (`Sequence`): T weights and T different names.
+        kwargs (`Mapping[str, Any]`): the method's keywords, checked.
+        scale (`float` or `str`): lambda, or `"norm"`.
+        postprocess (`Sequence`, *optional*): post-processors on the merged task vector, checked.
+        device (`torch.device`, *optional*): where to compute; by default where the tensors lie.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        models: Sequence[State],
+        origin: State | None,
+        rule: MergeMethod,
+        weights: Sequence[float],
+        names: Sequence[str],
+        kwargs: Mapping[str, Any],
+        scale: float | str = 1.0,
+        postprocess: Sequence[Any] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.plan, self.models, self.origin = plan, models, origin
+        self.rule, self.weights, self.names, self.kwargs = rule, list(weights), list(names), dict(kwargs)
+        self.scale, self.postprocess, self.device = scale, list(postprocess), device
+        # Angles between parameters and angles between task vectors differ; these methods mean the former.
+        self.on_parameters = not rule.requires_base and (origin is None or rule.family == "geometric")
+        seen = None if self.on_parameters else origin
+        self.views = [
+            ModelView(name, state, seen, plan, plan.leaders, device)
+            for name, state in zip(self.names, models, strict=True)
+        ]
+        self.parts = rule.partition(plan.leaders, self.kwargs)
+        self.fused = is_linear(rule.name) and not self.postprocess
+        #: Whether the factor on the merged vector depends on the norms of the whole model.
+        self.needs_norms = isinstance(scale, str) or rule.rescale is not None
+        self.factor = 1.0 if isinstance(scale, str) else float(scale)
+        self.context: dict[str, Any] = {}
+        self.post_context: Any = None
+
+    def prepare(self) -> None:
+        """Gathers what method and post-processors must know of the whole model; reads it as often as they need."""
+        if not self.fused:
+            self.context = self.rule.find_context(self.views, self.weights, self.names, self.kwargs)
+        if self.postprocess:
+            from .postprocess import prepare_post_processors
+
+            self.post_context = prepare_post_processors(
+                self.postprocess, self.plan.leaders, self.views, self.weights, self.names, self.rule.name
+            )
+
+    def vectors(self, part: Sequence[str]) -> dict[str, Tensor]:
+        """Merged task vectors (parameters, where the method merges those) of one part, before any scale."""
+        views = [view.only(part) for view in self.views]
+        merged = self.rule.function(views, self.weights, self.names, **self.kwargs, **self.context)
+        missing = [key for key in part if key not in merged]
+        if missing:
+            raise ValueError(f"Merge method '{self.rule.name}' returned no value for {listed(missing)}.")
+        if self.on_parameters and self.origin is not None and (self.postprocess or self.scale != 1.0):
+            merged = {key: merged[key].to(self.plan.dtypes[key]) - self._base(key, merged[key]) for key in part}
+        if self.postprocess:
+            from .postprocess import apply_post_processors
+
+            merged = apply_post_processors(
+                self.postprocess, merged, views, self.weights, self.names, self.post_context
+            )
+        return {key: merged[key] for key in part}
+
+    def norms(self, part: Sequence[str], merged: Mapping[str, Tensor]) -> Norms:
+        """Squared norms per tensor: of every task vector of non-zero weight, then of the merged one."""
+        tasks = [
+            Task(name, weight, view)
+            for name, weight, view in zip(self.names, self.weights, self.views, strict=True)
+            if weight != 0
+        ]
+        return {
+            key: [
+                *(euclidean_norm({key: task.tensor(key)}) ** 2 for task in tasks),
+                euclidean_norm({key: merged[key]}) ** 2,
+            ]
+            for key in part
+        }
+
+    def settle(self, norms: Norms) -> None:
+        """Fixes the factor on the merged vector from the norms of all tensors; exact sums, so that order is nothing."""
+        totals = [math.sqrt(math.fsum(column)) for column in zip(*norms.values(), strict=True)]
+        *tasks, merged = totals
+        factor = self.rule.rescale(tasks, merged) if self.rule.rescale is not None else 1.0
+        self.factor = factor * (
+            norm_scale(tasks, merged * abs(factor)) if isinstance(self.scale, str) else float(self.scale)
+        )
+
+    def pieces(self, key: str, vector: Tensor | None = None) -> Iterator[Tensor]:
+        """The finished tensor in its output type, as flat pieces in order.
+
+        Args:
+            key (`str`): the tensor.
+            vector (`Tensor`, *optional*): its merged task vector; not needed where the merge is a plain sum.
+        """
+        total = self.views[0].shape(key).numel()
+        sources = self._sources(key, vector)
+        out_dtype = self.plan.out_dtypes[key]
+        for start in range(0, total, PIECE):
+            stop = min(total, start + PIECE)
+            piece = _rounded(_weighted_piece(sources, start, stop, self.device), out_dtype)
+            if not all_finite(piece):
+                self._explain(key)
+            yield piece
+        if key in self.plan.rows:
+            # The entries of a longer vocabulary follow those that all models share.
+            rest = flat(self.plan.reference[key])[total:]
+            for start in range(0, rest.numel(), PIECE):
+                yield rest[start : start + PIECE].to(out_dtype)
+
+    def _sources(self, key: str, vector: Tensor | None) -> list[tuple[float, Tensor]]:
+        """Coefficients and flat tensors whose sum is the result; a coefficient of exactly one is no multiplication."""
+        if vector is not None:
+            merged = (self.factor, flat(vector))
+            absolute = self.origin is None or (self.on_parameters and self.scale == 1.0 and not self.postprocess)
+            return [merged] if absolute else [(1.0, flat(self.origin[key])), merged]  # type: ignore[index]
+        order = sorted(range(len(self.names)), key=lambda index: self.names[index])
+        return [
+            *([(self.base_share, flat(self.origin[key]))] if self.base_share and self.origin is not None else []),
+            *((self.shares[index], flat(self.models[index][key])) for index in order if self.shares[index]),
+        ] or [(0.0, flat(self.models[0][key]))]
+
+    @property
+    def shares(self) -> list[float]:
+        """What each model counts for in a plain sum."""
+        normalize = self.kwargs.get("normalize")
+        shares = linear_coefficients(self.rule.name, self.weights, normalize=normalize)
+        return [self.factor * share for share in shares]
+
+    @property
+    def base_share(self) -> float:
+        """What the base counts for: zero, exactly, for a mean, which then gives copies back to the bit."""
+        normalized = self.kwargs.get("normalize", self.rule.parameters["normalize"])
+        if self.origin is None or (normalized and self.factor == 1.0):
+            return 0.0
+        return 1.0 - math.fsum(self.shares)
+
+    def _explain(self, key: str) -> None:
+        for name, state in [*zip(self.names, self.models, strict=True), ("base", self.origin or {})]:
+            if key in state:
+                check_finite(state[key], key, name)
+        raise ValueError(
+            f"Tensor '{key}' overflows {self.plan.out_dtypes[key]} when merged; choose a wider output type, or a smaller "
+            "scaling_coefficient."
+        )
+
+    def _base(self, key: str, like: Tensor) -> Tensor:
+        base = self.plan.reference[key].detach()
+        rows = self.plan.rows.get(key)
+        return (base if rows is None else base[:rows]).to(like.device, self.plan.dtypes[key])
+
+
+def merge_in_memory(merger: Merger) -> dict[str, Tensor]:
+    """Carries a merge out; returns new tensors by leader."""
+    merger.prepare()
+    vectors: MutableMapping[str, Tensor] = {}
+    norms: Norms = {}
+    if merger.needs_norms:
+        for part in merger.parts:
+            merged = merger.vectors(part)
+            norms.update(merger.norms(part, merged))
+            vectors.update({} if merger.fused else merged)
+        merger.settle(norms)
+    result = {}
+    for part in merger.parts:
+        if not merger.fused and not merger.needs_norms:
+            vectors.update(merger.vectors(part))
+        for key in part:
+            reference, start = merger.plan.reference[key], 0
+            out = torch.empty(reference.shape, dtype=merger.plan.out_dtypes[key], device=reference.device)
+            for piece in merger.pieces(key, vectors.pop(key, None)):
+                out.view(-1)[start : start + piece.numel()] = piece
+                start += piece.numel()
+            result[key] = out
+    return result
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The entries of a tensor in one row; a view wherever the memory allows it."""
+    return tensor.detach().reshape(-1)
+
+
+def _weighted_piece(
+    sources: Sequence[tuple[float, Tensor]], start: int, stop: int, device: torch.device | None
+) -> Tensor:
+    """Entries `[start, stop)` of a weighted sum, accumulated in float64: in the cache, it costs little more."""
+    total: Tensor | None = None
+    for coefficient, tensor in sources:
+        piece = tensor[start:stop]
+        if device is not None:
+            piece = piece.to(device)
+        if total is None:
+            total = piece.to(torch.float64, copy=True)
+            if coefficient != 1.0:
+                total.mul_(coefficient)
+        else:
+            total.add_(piece.to(total.device), alpha=coefficient)
+    assert total is not None
+    return total
+
+
+def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    # Exact halves between two bfloat16 neighbours are common (three coarse values, simple weights); float32 in between
+    # takes the noise of the last digits of float64 off them, so that they go to the even neighbour.
+    return total.to(torch.float32).to(dtype) if dtype.itemsize < 4 else total.to(dtype)
