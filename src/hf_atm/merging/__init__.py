@@ -11,10 +11,11 @@ from .registry import (
     list_merge_methods,
     register_merge_method,
 )
-from .sparse import breadcrumbs, dare, dare_ties, ties
+from .sparse import breadcrumbs, dare, dare_ties
 from .spectral import iso_c, polar_factor, tsv_m
 from .state_dict import merge_state_dicts
 from .task_vectors import merge_task_vectors, norm_scale
+from .ties import ties
 
 
 __all__ = [

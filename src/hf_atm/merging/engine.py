@@ -71,6 +71,10 @@ class ModelView(LazyTensors):
         check_finite(piece, key, self.name)
         return piece
 
+    def strided(self, key: str, start: int, step: int) -> Tensor:
+        stop = self.shape(key).numel()
+        return self._difference(key, lambda tensor: flat(tensor)[start:stop:step])
+
     def __getitem__(self, key: str) -> Tensor:
         rows = self.plan.rows.get(key)
         piece = self._difference(key, lambda tensor: tensor.detach() if rows is None else tensor.detach()[:rows])

@@ -2,112 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .elect import disjoint_merge, elect_signs, has_draw, settle_draws
+from .elect import disjoint_merge, elect_signs, settle_draws
 from .linear import linear_coefficients
-from .masks import kept_count, kth_magnitude, magnitude_mask, random_mask, top_mask
+from .masks import kept_count, random_mask, top_mask
 from .registry import register_merge_method
 from .tensors import Task, canonical_tasks, result_dtype, sorted_keys, weighted_sum
 
 
 # Biases, norms and scalars are too small for a density to mean anything.
 MIN_SPARSE_NUMEL = 100
-
-
-@register_merge_method("ties", family="elementwise", per_tensor=True)
-def ties(
-    task_vectors: Sequence[Mapping[str, Tensor]],
-    weights: Sequence[float],
-    names: Sequence[str],
-    *,
-    density: float = 0.2,
-    trim_scope: str = "model",
-    majority_sign_method: str = "total",
-    weighted_vote: bool = False,
-    merge_func: str = "mean",
-    min_sparse_numel: int = MIN_SPARSE_NUMEL,
-) -> dict[str, Tensor]:
-    """
-    TIES: trim, elect signs, merge what agrees (https://huggingface.co/papers/2306.01708).
-
-    Each task keeps its `density` share of largest magnitudes; each entry elects a sign; the entries of that sign are
-    combined. Deviations from the authors' code: exactly `max(1, floor(density * n))` entries are kept (theirs keeps
-    all entries equal to the threshold, 37 % instead of 20 % on bfloat16 deltas), ties going to the lowest index in
-    sorted tensor order; small tensors take the mean.
-
-    Args:
-        task_vectors (`Sequence[Mapping[str, Tensor]]`):
-            T mappings with the same keys and shapes, floating point.
-        weights (`Sequence[float]`):
-            T weights of the values; a task of weight zero takes no part.
-        names (`Sequence[str]`):
-            T different task names; they fix the order of summation.
-        density (`float`, *optional*, defaults to 0.2):
-            Fraction kept, in (0, 1].
-        trim_scope (`str`, *optional*, defaults to `"model"`):
-            Rank magnitudes over the whole `"model"`, as the authors, or within each `"tensor"`, as most libraries.
-        majority_sign_method (`str`, *optional*, defaults to `"total"`):
-            `"total"`: sign of the summed values; `"frequency"`: sign of the summed signs. A draw takes the sign of
-            the sum of all elected signs in the trim scope, and plus if that is zero.
-        weighted_vote (`bool`, *optional*, defaults to `False`):
-            Whether the votes are weighted as the values are.
-        merge_func (`str`, *optional*, defaults to `"mean"`):
-            `"mean"` over the agreeing (absolute) weights, `"sum"` or `"max"` (largest magnitude).
-        min_sparse_numel (`int`, *optional*, defaults to 100):
-            Tensors with fewer entries are neither ranked nor trimmed and take the plain mean (the plain sum if
-            `merge_func="sum"`).
-
-    Returns:
-        `dict[str, Tensor]`: merged tensors, float32 (float64 for float64 inputs). Scale: like a mean, unless `"sum"`.
-
-    Cost: with `"model"` two extra passes over the task vectors; memory T copies of the largest tensor.
-    """
-    tasks = canonical_tasks(task_vectors, weights, names)
-    values = [task.weight for task in tasks]
-    keys, small = _split_small(tasks, min_sparse_numel)
-    merged = _plain_merge(tasks, small, normalize=merge_func != "sum")
-
-    limits: list[tuple[float, int]] = []
-    if trim_scope == "model" and keys:
-        limits = [_model_threshold(task, keys, density) for task in tasks]
-    left = [limit[1] for limit in limits]
-    majority = 0
-    draws: list[tuple[str, list[int]]] = []
-
-    def trim(key: str, places: list[int]) -> tuple[list[Tensor], list[int]]:
-        trimmed, remaining = [], []
-        for index, task in enumerate(tasks):
-            tensor = _full_precision(task.tensors[key])
-            if limits:
-                mask, rest = magnitude_mask(tensor, limits[index][0], places[index])
-                remaining.append(rest)
-            else:
-                mask = top_mask(tensor, max(1, kept_count(density, tensor.numel())))
-            trimmed.append(tensor.masked_fill(~mask, 0))
-        return trimmed, remaining
-
-    for key in keys:
-        before = left
-        trimmed, left = trim(key, before)
-        signs = elect_signs(trimmed, values, majority_sign_method, weighted_vote)
-        balance = int(signs.sum(dtype=torch.int64))
-        majority += balance
-        if has_draw(trimmed, signs):
-            if limits:
-                # The majority of the model is known only at the end; such tensors are merged then.
-                draws.append((key, before))
-                continue
-            signs = settle_draws(signs, balance)
-        merged[key] = disjoint_merge(trimmed, values, signs, merge_func)
-    for key, before in draws:
-        trimmed, _ = trim(key, before)
-        signs = elect_signs(trimmed, values, majority_sign_method, weighted_vote)
-        merged[key] = disjoint_merge(trimmed, values, settle_draws(signs, majority), merge_func)
-    return {key: merged[key] for key in sorted(merged)}
 
 
 @register_merge_method("dare", "dare_linear", family="elementwise", per_tensor=True)
@@ -309,18 +217,3 @@ def _dropped(task: Task, key: str, density: float, seed: int) -> Tensor:
         return tensor
     mask = random_mask(tensor.shape, density, seed, key, task.name).to(tensor.device)
     return tensor.masked_fill(~mask, 0)
-
-
-def _model_threshold(task: Task, keys: Sequence[str], density: float) -> tuple[float, int]:
-    """Threshold and number of ties to keep when the magnitudes of all tensors of a task are ranked together."""
-    numel = 0
-    dtype = torch.float32
-    for key in keys:
-        tensor = task.tensors[key]
-        numel += tensor.numel()
-        dtype = torch.promote_types(dtype, result_dtype(tensor.dtype))
-
-    def chunks() -> Iterator[Tensor]:
-        return (task.tensors[key] for key in keys)
-
-    return kth_magnitude(chunks, max(1, kept_count(density, numel)), dtype)

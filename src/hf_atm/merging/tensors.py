@@ -31,6 +31,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def chunk(self, key: str, start: int, stop: int) -> Tensor:
         """The flat entries `[start, stop)` of a tensor, shape `(stop - start,)`."""
 
+    def strided(self, key: str, start: int, step: int) -> Tensor:
+        """Every `step`-th flat entry from `start` on; worth overriding where not the whole tensor need be computed."""
+        return self[key].reshape(-1)[start::step]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -61,6 +65,14 @@ class Task:
             piece = self.tensors.chunk(key, start, stop)
         else:
             piece = self.tensors[key].detach().reshape(-1)[start:stop]
+        return piece.to(result_dtype(piece.dtype))
+
+    def strided(self, key: str, start: int, step: int) -> Tensor:
+        """Every `step`-th flat entry of a tensor from `start` on, otherwise like `tensor`: a sample of it."""
+        if isinstance(self.tensors, LazyTensors):
+            piece = self.tensors.strided(key, start, step)
+        else:
+            piece = self.tensors[key].detach().reshape(-1)[start::step]
         return piece.to(result_dtype(piece.dtype))
 
 
