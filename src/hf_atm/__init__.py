@@ -24,6 +24,7 @@ _EXPORTS = {
     "RoundPlan": "schedule",
     "TaskDataset": "data",
     "list_merge_methods": "merging",
+    "merge_adapters": "merging",
     "merge_state_dicts": "merging",
     "register_merge_method": "merging",
 }
@@ -41,6 +42,7 @@ __all__ = [
     "RoundPlan",
     "TaskDataset",
     "list_merge_methods",
+    "merge_adapters",
     "merge_state_dicts",
     "register_merge_method",
 ]
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from .callbacks import ATMCallback
     from .config import ATMArguments, ATMConfig
     from .data import TaskDataset
-    from .merging import list_merge_methods, merge_state_dicts, register_merge_method
+    from .merging import list_merge_methods, merge_adapters, merge_state_dicts, register_merge_method
     from .modeling import MultiTaskConfig, MultiTaskModel
     from .rounds import MergeReport
     from .schedule import RoundPlan

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .lora import LoraSpace, LoraTaskVector
+from .merging.adapters.factors import balanced, leading_triplets
 from .rounds import RoundState
 
 
@@ -140,6 +141,5 @@ def _truncate(rounds: RoundState, task: str, name: str, move: Tensor, layer: Any
     if getattr(layer, "fan_in_fan_out", False):
         difference = difference.T
     rank = min(len(rounds.tasks) * layer.r[rounds.space.adapter], *difference.shape)  # type: ignore[attr-defined]
-    u, s, vh = torch.linalg.svd(difference, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * vh[:rank], u[:, :rank] * root
+    factors = balanced(*leading_triplets(difference, rank))
+    return factors.right.float(), factors.left.float()

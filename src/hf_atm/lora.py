@@ -10,23 +10,10 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .merging.adapters.factors import INEXACT_OPTIONS, leading_triplets
 from .spaces import Space, TaskVector, WeightSpace
 
 
-# Options of LoraConfig under which a layer does more than add B A to its weight.
-_INEXACT_OPTIONS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "arrow_config",
-    "alora_invocation_tokens",
-    "target_parameters",
-    "trainable_token_indices",
-)
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -229,11 +216,10 @@ def compress(update: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
         state LoRA itself starts from.
     """
     rank = previous.shape[0]
-    u, s, vh = torch.linalg.svd(update.double(), full_matrices=False)
-    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+    u, s, v = leading_triplets(update, rank)
     empty = s <= s.max().clamp_min(torch.finfo(torch.float32).tiny) * 1e-7
     root = torch.where(empty, 0.0, s.sqrt())
-    a = torch.where(empty, previous.double().norm(dim=1).mean(), root)[:, None] * vh
+    a = torch.where(empty, previous.double().norm(dim=1).mean(), root)[:, None] * v.T
     b = u * root
     if a.shape[0] < rank:
         raise ValueError(
@@ -259,7 +245,7 @@ def check_adapter(model: Any, mode: str) -> str:
     config: Any = model.peft_config[active[0]]
     if not isinstance(config, LoraConfig) or type(config).__name__ != "LoraConfig":
         raise ValueError(f"An adapter of type {config.peft_type} has no exact low-rank update; {remedy}.")
-    unsupported = [option for option in _INEXACT_OPTIONS if getattr(config, option, None)]
+    unsupported = [option for option in INEXACT_OPTIONS if getattr(config, option, None)]
     if unsupported:
         raise ValueError(f"lora_merge_mode={mode!r} cannot be exact with {', '.join(unsupported)}; {remedy}.")
     return active[0]

@@ -1,0 +1,136 @@
+"""A merged adapter on disk: whole or absent, and saying how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .reading import WEIGHTS_NAME
+
+
+if TYPE_CHECKING:
+    from .result import AdapterMerge
+
+RECORD_NAME = "merge_config.json"
+UPDATE_NAME = "update.safetensors"
+SAVED_NAME = "saved_modules.safetensors"
+TASKS_NAME = "tasks"
+
+_CARD = """---
+{metadata}---
+
+# Merged adapter
+
+{inputs} merged by `{method}`. `{record}` holds the parameters, versions and checksums.
+
+{use}
+"""
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """
+    Refuses to write over anything but an earlier result.
+
+    Raises:
+        ValueError: naming the folder and the way out.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; name a folder.")
+    if path.is_dir() and any(path.iterdir()) and not (path / RECORD_NAME).is_file():
+        raise ValueError(f"The folder {str(folder)!r} holds something else; name another one, or empty it.")
+
+
+def write_folder(result: AdapterMerge, folder: str | os.PathLike) -> None:
+    """Writes a result, see [`AdapterMerge.save_pretrained`]."""
+    check_folder(folder)
+    tasks = [task for task in result.heads if task in ("", ".", "..") or any(mark in task for mark in "/\\#")]
+    if tasks:
+        raise ValueError(f"The task names {tasks} are no folder names; give names= to merge_adapters.")
+    with _replaced(Path(folder)) as beside:
+        if result.config is not None:
+            _write_adapter(beside, result.config, result.state_dict())
+        elif result.saved:
+            _write_tensors(beside / SAVED_NAME, result.saved)
+        for task, head in result.heads.items():
+            place = beside / TASKS_NAME / task
+            place.mkdir(parents=True)
+            if result.config is not None:
+                _write_adapter(place, result.head_configs[task], result.state_dict(task))
+            else:
+                _write_tensors(place / SAVED_NAME, head)
+        if result.deltas:
+            _write_tensors(beside / UPDATE_NAME, result.deltas)
+        record = {**result.report, "versions": _versions()}
+        # Statistics and the like are named, not copied.
+        text = json.dumps(record, indent=2, allow_nan=False, default=lambda value: f"<{type(value).__name__}>")
+        (beside / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
+        (beside / "README.md").write_text(_card(result), encoding="utf-8")
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder beside the final one, renamed to it when the block ends well and removed when it does not."""
+    folder = folder.absolute()
+    beside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for leftover in (beside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_adapter(folder: Path, config: Any, state: Mapping[str, Tensor]) -> None:
+    config.save_pretrained(str(folder))
+    _write_tensors(folder / WEIGHTS_NAME, state)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Copies, since tensors that share memory cannot be saved.
+    whole = {name: tensors[name].detach().cpu().clone().contiguous() for name in sorted(tensors)}
+    save_file(whole, path, metadata={"format": "pt"})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("hf-atm", "peft", "safetensors", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _card(result: AdapterMerge) -> str:
+    base = result.config.base_model_name_or_path if result.config is not None else None
+    lines = ["library_name: peft", "tags: [lora, model-merging]"]
+    if base and not os.path.exists(base):
+        lines.insert(0, f"base_model: {json.dumps(base)}")
+    use = ["Load it with `PeftModel.from_pretrained(base_model, folder)`." if result.config is not None else ""]
+    if result.heads:
+        use.append(f"Each folder in `{TASKS_NAME}` is the same adapter with the head of one task.")
+    if result.deltas:
+        use.append(f"`{UPDATE_NAME}` holds updates that are added to the base model's weights of the same names.")
+    return _CARD.format(
+        metadata="".join(f"{line}\n" for line in lines),
+        inputs=f"{len(result.report['inputs'])} LoRA adapters",
+        method=result.report["method"],
+        record=RECORD_NAME,
+        use=" ".join(part for part in use if part),
+    )
