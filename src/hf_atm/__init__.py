@@ -25,6 +25,7 @@ _EXPORTS = {
     "TaskDataset": "data",
     "list_merge_methods": "merging",
     "merge_adapters": "merging",
+    "merge_checkpoints": "merging",
     "merge_state_dicts": "merging",
     "register_merge_method": "merging",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "TaskDataset",
     "list_merge_methods",
     "merge_adapters",
+    "merge_checkpoints",
     "merge_state_dicts",
     "register_merge_method",
 ]
@@ -51,7 +53,13 @@ if TYPE_CHECKING:
     from .callbacks import ATMCallback
     from .config import ATMArguments, ATMConfig
     from .data import TaskDataset
-    from .merging import list_merge_methods, merge_adapters, merge_state_dicts, register_merge_method
+    from .merging import (
+        list_merge_methods,
+        merge_adapters,
+        merge_checkpoints,
+        merge_state_dicts,
+        register_merge_method,
+    )
     from .modeling import MultiTaskConfig, MultiTaskModel
     from .rounds import MergeReport
     from .schedule import RoundPlan

@@ -25,6 +25,21 @@ follow the file and replaces what the file says:
     hf-atm train examples/configs/glue_local.yaml --resume_from_checkpoint true"""
 
 
+_MERGE_HELP = """\
+Merges what a recipe names, tensor by tensor, without loading a model. The result appears under its name only when it is
+whole and verified; an interrupted merge goes on where it stopped when the same command runs again.
+
+    merge_method: ties
+    base_model: google-bert/bert-base-uncased
+    models:
+      - {model: ./sst2, parameters: {weight: 0.5}}
+      - {model: ./cola, parameters: {weight: 0.5}}
+    parameters: {density: 0.2, scaling_coefficient: 1.0}
+    dtype: bfloat16
+
+On several processes: accelerate launch --num_processes N -m hf_atm.cli merge RECIPE.yaml OUT"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `hf-atm` and its subcommands."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -70,6 +85,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG.yaml", help="see examples/configs")
 
+    merge = commands.add_parser(
+        "merge",
+        help="merge checkpoints larger than memory, or adapters, from a recipe",
+        description=_MERGE_HELP,
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    merge.add_argument("recipe", metavar="RECIPE.yaml", help="method, models, weights; see examples/configs")
+    merge.add_argument("output", metavar="OUT", help="folder for the result; must not exist yet, or be empty")
+    merge.add_argument(
+        "--dry-run", action="store_true", help="check everything, estimate memory and disk, write nothing"
+    )
+    merge.add_argument(
+        "--out-dtype", metavar="TYPE", help="float32, bfloat16, float16 or float64; replaces the recipe's"
+    )
+    merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: %(default)s)")
+    merge.add_argument("--device", metavar="NAME", help="where to compute, such as cuda (default: the CPU)")
+    merge.add_argument("--threads", type=int, metavar="N", help="workers (default: one per core)")
+    merge.add_argument("--reload", action="store_true", help="load the result with transformers before it is named")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
+    merge.add_argument("--push-to-hub", metavar="ID", help="upload the result to this repository")
+    merge.add_argument("--public", action="store_true", help="make a new repository public")
+
     evaluate = commands.add_parser(
         "evaluate",
         help="per-task metrics of a saved model",
@@ -110,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .demo import run_demo
 
             return run_demo(args.output, seed=args.seed, rounds=args.rounds, steps=args.steps, quiet=quiet)
+        if args.command == "merge":
+            from .merge import merge
+
+            return merge(args.recipe, args.output, args, quiet=quiet)
         from . import commands
 
         if args.command == "train":

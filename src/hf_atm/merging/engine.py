@@ -83,10 +83,8 @@ class ModelView(LazyTensors):
 
     def _difference(self, key: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
         piece = cut(self.state[key])
-        if self.origin is None:
-            return piece if self.device is None else piece.to(self.device)
         piece = piece.to(self.device or piece.device, self.plan.dtypes[key])
-        return piece - cut(self.origin[key]).to(piece.device)
+        return piece if self.origin is None else piece - cut(self.origin[key]).to(piece.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_)
@@ -167,7 +165,7 @@ class Merger:
             merged = apply_post_processors(
                 self.postprocess, merged, views, self.weights, self.names, self.post_context
             )
-        return {key: merged[key] for key in part}
+        return {key: merged[key].to(self.plan.dtypes[key]) for key in part}
 
     def norms(self, part: Sequence[str], merged: Mapping[str, Tensor]) -> Norms:
         """Squared norms per tensor: of every task vector of non-zero weight, then of the merged one."""

@@ -21,7 +21,7 @@ from .tying import tied_groups
 State = Mapping[str, Tensor]
 
 VOCAB_POLICIES = ("error", "common")
-_VOCABULARY = ("*embed*", "*lm_head*", "*wte.*", "shared.weight", "*.shared.weight", "*decoder.bias", "*.bias")
+_VOCABULARY = ("*embed*", "*lm_head*", "*wte.*", "shared.weight", "*.shared.weight", "*predictions*")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def plan_merge(
     buffers: str = "pooled",
     vocab_policy: str = "error",
     dtype: torch.dtype | None = None,
+    tied: Mapping[str, str] | None = None,
+    way_out: str = "name them in exclude, or pass strict=False to copy them from the base",
 ) -> MergePlan:
     """
     Decides what happens to every tensor.
@@ -74,6 +76,8 @@ def plan_merge(
         models, origin (`Mapping[str, Tensor]`): T models and, if there is one, their base; only shapes, types and
             storage are looked at.
         exclude, strict, buffers, vocab_policy, dtype: as in [`merge_state_dicts`].
+        tied (`Mapping[str, str]`, *optional*): names to merge as one with others, where storage does not show it.
+        way_out (`str`, *optional*): what to advise where tensors do not match.
 
     Raises:
         `ValueError`: for keys, shapes or vocabularies that differ, complex or 8-bit tensors, or nothing to merge; the
@@ -81,9 +85,13 @@ def plan_merge(
     """
     inputs = models if origin is None else [*models, origin]
     reference = models[0] if origin is None else origin
-    shared, rows, left_out = _shared_keys(inputs, reference, exclude, strict, vocab_policy)
+    shared, rows, left_out = _shared_keys(inputs, reference, exclude, strict, vocab_policy, way_out)
     merged, pooled = _split_keys(shared, inputs, reference, buffers)
     groups = tied_groups(inputs, merged)
+    for copy, partner in (tied or {}).items():
+        if copy in groups and partner in groups:
+            members = sorted([*groups.pop(copy), *groups.pop(partner)])
+            groups[members[0]] = members
     dtypes = {key: accumulation_dtype(widest(state[key] for state in inputs)) for key in groups}
     out_dtypes = {key: dtype or widest(state[key] for state in inputs) for key in groups}
     return MergePlan(reference, groups, pooled, dtypes, out_dtypes, rows, left_out)
@@ -113,7 +121,12 @@ def with_tied_tables(rule: MergeMethod, kwargs: dict[str, Any], groups: Mapping[
 
 
 def _shared_keys(
-    inputs: Sequence[State], reference: State, exclude: Sequence[str], strict: bool, vocab_policy: str
+    inputs: Sequence[State],
+    reference: State,
+    exclude: Sequence[str],
+    strict: bool,
+    vocab_policy: str,
+    way_out: str,
 ) -> tuple[list[str], dict[str, int], list[str]]:
     """Keys that all inputs have in one shape, in the reference's order; rows where they differ; names left out."""
     everything = list(dict.fromkeys(key for state in (reference, *inputs) for key in state))
@@ -139,7 +152,7 @@ def _shared_keys(
         elif shapes:
             shared.append(key)
     if problems and strict:
-        hint = _way_out([key for key, _ in problems], inputs, reference, vocabularies)
+        hint = _special_way_out(inputs, reference, vocabularies) or way_out
         raise ValueError(
             f"These tensors do not match between the models: {listed([text for _, text in problems])}; {hint}."
         )
@@ -161,11 +174,11 @@ def _is_vocabulary(key: str, shapes: Sequence[tuple[int, ...]]) -> bool:
         matches(key, _VOCABULARY)
         and len({shape[1:] for shape in shapes}) == 1
         and min(shape[0] for shape in shapes if shape) > max(abs(a[0] - b[0]) for a in shapes for b in shapes)
-        and not matches(key, ("*classifier*", "*score*"))
+        and not matches(key, ("*position*", "*token_type*"))
     )
 
 
-def _way_out(keys: Sequence[str], inputs: Sequence[State], reference: State, vocabularies: Sequence[str]) -> str:
+def _special_way_out(inputs: Sequence[State], reference: State, vocabularies: Sequence[str]) -> str:
     if vocabularies:
         sizes = " and ".join(str(size) for size in dict.fromkeys(state[vocabularies[0]].shape[0] for state in inputs))
         return (
@@ -179,7 +192,7 @@ def _way_out(keys: Sequence[str], inputs: Sequence[State], reference: State, voc
             f"the names differ by the prefix {prefix!r}: the base was saved as a bare backbone, or the models were; "
             "save them from the same class"
         )
-    return "name them in exclude, or pass strict=False to copy them from the base"
+    return ""
 
 
 def _prefix(left: Sequence[str], right: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -208,14 +209,16 @@ def check_merge_kwargs(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         `KeyError`: if the method is unknown.
         `ValueError`: for an unknown or missing keyword, or a value outside its range: `density` in (0, 1], `gamma` in
-            [0, 1), `gamma + density <= 1`, `a` in [0, 1], `seed` an integer, and the listed words of the others.
+            [0, 1), `gamma + density <= 1`, `epsilon < density <= 1 - epsilon`, `a` in [0, 1], `seed` an integer, and the listed words of the others.
     """
     method = get_merge_method(name)
     allowed = (*method.parameters, *COMMON_PARAMETERS)
     unknown = sorted(set(kwargs) - set(allowed))
     if unknown and not method.accepts_any_keyword:
+        close = difflib.get_close_matches(unknown[0], allowed, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
         raise ValueError(
-            f"Merge method '{name}' does not take {', '.join(map(repr, unknown))}; it takes {', '.join(allowed)}."
+            f"Merge method '{name}' does not take {', '.join(map(repr, unknown))}{hint}; it takes {', '.join(allowed)}."
         )
     missing = [parameter for parameter in method.required if parameter not in kwargs]
     if missing:
@@ -232,6 +235,12 @@ def check_merge_kwargs(name: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"Merge method '{name}' got gamma={values['gamma']} and density={values['density']}; "
                 "their sum must not exceed 1."
+            )
+    if "epsilon" in method.parameters and "density" in method.parameters:
+        if not (values["density"] > values["epsilon"] and values["density"] + values["epsilon"] <= 1 + 1e-9):
+            raise ValueError(
+                f"Merge method '{name}' got density={values['density']} and epsilon={values['epsilon']}; density - epsilon "
+                "must exceed 0 and density + epsilon must not exceed 1."
             )
     if "scaling_factor" in kwargs and "scaling_coefficient" in kwargs:
         raise ValueError("Give either scaling_coefficient or its alias scaling_factor, not both.")
@@ -254,6 +263,11 @@ def _is_scale(value: Any) -> bool:
     return value == "norm" if isinstance(value, str) else _number(value, math.isfinite)
 
 
+def _is_thresholds(value: Any) -> bool:
+    values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return len(values) > 0 and all(_number(v, lambda x: 0 <= x < math.inf) for v in values)
+
+
 def _is_patterns(value: Any) -> bool:
     # A lone string would be read letter by letter.
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
@@ -265,6 +279,10 @@ _SCALE: tuple[str, Callable[[Any], bool]] = ("a finite number or 'norm'", _is_sc
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "density": ("a number in (0, 1], the fraction kept", lambda v: _number(v, lambda x: 0 < x <= 1)),
     "gamma": ("a number in [0, 1), the share of largest entries dropped", lambda v: _number(v, lambda x: 0 <= x < 1)),
+    "epsilon": ("a number in [0, 0.5]", lambda v: _number(v, lambda x: 0 <= x <= 0.5)),
+    "clip_tails": ("a number in [0, 0.5)", lambda v: _number(v, lambda x: 0 <= x < 0.5)),
+    "mask_threshold": ("a number of at least 0, or a list of such numbers, one per task", _is_thresholds),
+    "k": ("an integer of at least 1", lambda v: _integer(v, minimum=1)),
     "a": ("a number in [0, 1]", lambda v: _number(v, lambda x: 0 <= x <= 1)),
     "seed": ("an integer", _integer),
     "min_sparse_numel": ("an integer of at least 0", lambda v: _integer(v, minimum=0)),
@@ -272,6 +290,13 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "majority_sign_method": _words("total", "frequency"),
     "merge_func": _words("mean", "sum", "max"),
     "rank_rule": _words("numerical", "full"),
+    "rank": ("an integer of at least 1, or None", lambda v: v is None or _integer(v, minimum=1)),
+    "t": ("a number in [0, 1], 0 for the first model", lambda v: v is None or _number(v, lambda x: 0 <= x <= 1)),
+    "max_iter": ("an integer of at least 1", lambda v: _integer(v, minimum=1)),
+    "tol": ("a positive number", lambda v: _number(v, lambda x: 0 < x < math.inf)),
+    "ridge": ("a number of at least 0", lambda v: _number(v, lambda x: 0 <= x < math.inf)),
+    "flow_time": ("a positive number, infinity included", lambda v: _number(v, lambda x: x > 0)),
+    "transposed": ("a list of name patterns, or None", lambda v: v is None or _is_patterns(v)),
     "non_matrix": ("a list of name patterns", _is_patterns),
     "normalize": _FLAG,
     "rescale": _FLAG,

@@ -132,9 +132,9 @@ def merge_state_dicts(
     labels = given or content_names(models, values, plan.leaders)
     method_kwargs = with_tied_tables(rule, method_kwargs, plan.groups)
     # A tensor that is a transposed view would be copied anew for every piece that is read.
-    models = [_contiguous(model) for model in models]
-    origin = _contiguous(origin) if origin is not None else None
-    merger = Merger(plan, models, origin, rule, values, labels, method_kwargs, scale, list(postprocess))
+    readable = [_contiguous(model) for model in models]
+    readable_origin = _contiguous(origin) if origin is not None else None
+    merger = Merger(plan, readable, readable_origin, rule, values, labels, method_kwargs, scale, list(postprocess))
     return _assemble(plan, models, merge_in_memory(merger), values, dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 from abc import abstractmethod
@@ -203,3 +204,9 @@ def listed(items: Sequence[str]) -> str:
     """Joins names for a message and shortens long lists."""
     shown = ", ".join(repr(item) for item in items[:MAX_LISTED])
     return shown if len(items) <= MAX_LISTED else f"{shown} and {len(items) - MAX_LISTED} more"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the known one most like it, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known ones are {', '.join(known)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -52,3 +53,45 @@ def complete_ties(states: Sequence[MutableMapping[str, Tensor]]) -> None:
             stand_in = next((other for other in sorted(partners[key]) if other in state), None)
             if key not in state and stand_in is not None:
                 state[key] = state[stand_in]
+
+
+def tied_by_content(states: Sequence[Mapping[str, Tensor]], tied_head: bool) -> dict[str, str]:
+    """
+    Copies of tied tensors in files, where memory cannot show which are tied.
+
+    A name counts as a copy if, in every state that has it, its entries equal those of one and the same other tensor that
+    all states have, and either some state does without it or the configuration says that the head is tied.
+
+    Args:
+        states (`Sequence[Mapping[str, Tensor]]`): the models, the reference last.
+        tied_head (`bool`): whether the result's configuration ties the head to the embeddings.
+
+    Returns:
+        `dict[str, str]`: name of each copy to the name that stands for it.
+    """
+    everywhere = [key for key in states[-1] if all(key in state for state in states)]
+    names = sorted({key for state in states for key in state})
+    partial = [key for key in names if not all(key in state for state in states)]
+    heads = [key for key in everywhere if tied_head and "head" in key.rpartition(".")[0].rpartition(".")[2]]
+    copies = {}
+    for key in [*partial, *heads]:
+        holders = [state for state in states if key in state]
+        shape = holders[0][key].shape
+        if len(shape) != 2:
+            continue
+        for other in everywhere:
+            if other != key and states[-1][other].shape == shape:
+                if all(_equal(state[key], state[other]) for state in holders):
+                    copies[key] = other
+                    break
+    return copies
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    # The first row tells most pairs apart without reading the rest.
+    return (
+        left.shape == right.shape
+        and left.dtype == right.dtype
+        and torch.equal(left[:1], right[:1])
+        and torch.equal(left, right)
+    )

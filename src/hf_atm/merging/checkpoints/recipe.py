@@ -1,0 +1,273 @@
+"""Merge recipes: YAML or JSON with the keys that mergekit's users know, checked before anything is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..plan import VOCAB_POLICIES
+from ..registry import check_merge_kwargs, get_merge_method
+from ..tensors import check_names, check_weights, nearest
+
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_MODEL_KEYS = ("model", "name", "revision", "parameters", "statistics")
+_MODEL_PARAMETERS = ("weight", "density")
+_ELSEWHERE = {
+    "slices": "layers cannot be restacked; list whole models under 'models'",
+    "modules": "list whole models under 'models'",
+    "tokenizer": "write tokenizer_source: base, or the name of a model",
+    "chat_template": "the chat template comes with tokenizer_source",
+    "parallel": "start the command with accelerate launch --num_processes N",
+}
+# Methods whose divisor mergekit's `normalize` switches on and off, where it is called merge_func here.
+_ELECTING = ("ties", "dare_ties", "della", "breadcrumbs_ties")
+
+
+@dataclass(frozen=True)
+class RecipeModel:
+    """One input of a recipe.
+
+    Args:
+        model (`str`): a folder, a `.safetensors` file, a PEFT adapter's folder, or a Hub id.
+        name (`str`): distinct; decides random masks and the order of summation.
+        weight (`float`): its weight.
+        revision (`str`, *optional*): on the Hub.
+        statistics (`str`, *optional*): a safetensors file of statistics, for methods that need them.
+    """
+
+    model: str
+    name: str
+    weight: float = 1.0
+    revision: str | None = None
+    statistics: str | None = None
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """A whole merge of checkpoints or adapters, as a YAML recipe describes it.
+
+    Args:
+        models (`list[RecipeModel]`): what is merged.
+        merge_method (`str`): a name of [`list_merge_methods`].
+        base_model (`str`, *optional*): origin of the task vectors; names, shapes and side files of the result.
+        parameters (`dict`): keywords of the method, and `scaling_coefficient`.
+        out_dtype (`str`, *optional*): type of the result; by default each tensor keeps the widest of its inputs. Merges
+            are computed in float32 or better whatever is asked for.
+        exclude (`list[str]`): patterns of tensors taken from the base.
+        task_specific_modules (`list[str]`): patterns of tensors kept per model beside the merged weights.
+        strict, buffers, vocab_policy: as in [`merge_state_dicts`].
+        postprocess (`list`): post-processors of the merged task vector.
+        tokenizer_source (`str`): `"base"`, or the name of a model, whose tokenizer files the result gets.
+        copy_code (`bool`): whether Python files of the base are copied.
+        adapters (`dict`): where the models are PEFT adapters, keywords of [`merge_adapters`] such as `output`.
+        base_revision (`str`, *optional*): of the base on the Hub.
+    """
+
+    models: list[RecipeModel]
+    merge_method: str = "mean"
+    base_model: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    out_dtype: str | None = None
+    exclude: list[str] = field(default_factory=list)
+    task_specific_modules: list[str] = field(default_factory=list)
+    strict: bool = True
+    buffers: str = "pooled"
+    vocab_policy: str = "error"
+    postprocess: list[Any] = field(default_factory=list)
+    tokenizer_source: str = "base"
+    copy_code: bool = False
+    adapters: dict[str, Any] = field(default_factory=dict)
+    base_revision: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe's content."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read_recipe(source: str | os.PathLike | Mapping[str, Any] | MergeRecipe) -> MergeRecipe:
+    """
+    Reads and checks a recipe.
+
+    Args:
+        source (`str`, `PathLike`, mapping or [`MergeRecipe`]): a YAML or JSON file, or its content. Relative paths in a
+            file are looked up from where the command runs, then from the file's folder.
+
+    Returns:
+        [`MergeRecipe`]
+
+    Raises:
+        `FileNotFoundError`: if there is no such file.
+        `KeyError`: for an unknown method.
+        `ValueError`: for unknown keys (with the nearest known one), values out of range, or what mergekit can do and
+            this library cannot, with the way out.
+    """
+    if isinstance(source, MergeRecipe):
+        return source
+    folder = None
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"Recipe {str(source)!r} does not exist.")
+        source, folder = _load(path), path.parent
+    return _parse(source, folder)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"Recipe {str(path)!r} must be a mapping with the keys merge_method and models.")
+    return content
+
+
+def _parse(content: Mapping[str, Any], folder: Path | None) -> MergeRecipe:
+    fields = [name for name in MergeRecipe.__dataclass_fields__]
+    for key in content:
+        if key in _ELSEWHERE:
+            raise ValueError(f"Recipe key '{key}' is not supported: {_ELSEWHERE[key]}.")
+        if key not in (*fields, "dtype"):
+            raise ValueError(f"Recipe has an unknown key '{key}'; {nearest(str(key), [*fields, 'dtype'])}")
+    values = {key: value for key, value in content.items() if key != "dtype" and value is not None}
+    method = values.get("merge_method", "mean")
+    rule = get_merge_method(method)
+    models, base, densities = _models(content.get("models"), values.get("base_model"), rule.requires_base, folder)
+    for label in ("exclude", "task_specific_modules", "postprocess"):
+        if label in values and (isinstance(values[label], str) or not isinstance(values[label], Sequence)):
+            raise ValueError(f"Recipe key '{label}' must be a list; write {label}: [{values[label]!r}].")
+    for label in ("strict", "copy_code"):
+        if not isinstance(values.get(label, True), bool):
+            raise ValueError(f"Recipe key '{label}' must be true or false, got {values[label]!r}.")
+    _choice(values, "buffers", ("pooled", "base"))
+    _choice(values, "vocab_policy", VOCAB_POLICIES)
+    values["out_dtype"] = _dtype(content)
+    if method == "slerp" and base is not None and base in [model.model for model in models]:
+        # Where the base is one of the two ends, it is the one at t = 0.
+        models, base = sorted(models, key=lambda model: model.model != base), None
+    values["parameters"] = _parameters(method, values.get("parameters"), densities, models)
+    source = values.get("tokenizer_source", "base")
+    if source not in ("base", *(model.name for model in models), *(model.model for model in models)):
+        raise ValueError(
+            f"tokenizer_source={source!r} is neither 'base' nor one of the models "
+            f"({', '.join(model.name for model in models)}); vocabularies cannot be united."
+        )
+    return MergeRecipe(**{**values, "models": models, "base_model": base})
+
+
+def _models(
+    entries: Any, base: str | None, requires_base: bool, folder: Path | None
+) -> tuple[list[RecipeModel], str | None, list[float]]:
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise ValueError(
+            "Recipe key 'models' must be a list of entries such as {model: ./sst2, parameters: {weight: 1}}."
+        )
+    base = _located(base, folder) if base is not None else None
+    found, densities = [], []
+    for entry in entries:
+        entry = {"model": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str):
+            raise ValueError(f"Each entry of 'models' needs a model, such as {{model: ./sst2}}; got {entry!r}.")
+        for key in entry:
+            if key not in _MODEL_KEYS:
+                raise ValueError(
+                    f"Model {entry['model']!r} has an unknown key '{key}'; {nearest(str(key), _MODEL_KEYS)}"
+                )
+        parameters = entry.get("parameters") or {}
+        for key, value in parameters.items():
+            if key not in _MODEL_PARAMETERS:
+                raise ValueError(
+                    f"Model {entry['model']!r} has an unknown parameter '{key}'; {nearest(str(key), _MODEL_PARAMETERS)}"
+                )
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(
+                    f"Model {entry['model']!r} has {key}={value!r}; give one finite number (gradients over layers and "
+                    "filters are not supported)."
+                )
+        location = _located(entry["model"], folder)
+        if requires_base and location == base and not parameters:
+            # Recipes often list the base among the models; its task vector is zero.
+            continue
+        densities += [float(parameters["density"])] if "density" in parameters else []
+        weight = float(parameters.get("weight", 1.0))
+        found.append((location, weight, entry))
+    if not found:
+        raise ValueError("Recipe key 'models' lists nothing but the base model; add the models to merge.")
+    names = _names([(location, entry.get("name")) for location, _, entry in found])
+    models = [
+        RecipeModel(location, name, weight, entry.get("revision"), entry.get("statistics"))
+        for (location, weight, entry), name in zip(found, names, strict=True)
+    ]
+    check_weights([model.weight for model in models], len(models))
+    return models, base, densities
+
+
+def _names(entries: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Given names; else the last part of a path, so that masks do not depend on where a folder lies."""
+    short = [name or (model if not Path(model).exists() else Path(model).resolve().name) for model, name in entries]
+    if all(name is None for _, name in entries) and len(set(short)) < len(short):
+        short = [model for model, _ in entries]
+    return check_names(short, len(short))
+
+
+def _located(model: str, folder: Path | None) -> str:
+    if folder is not None and not Path(model).expanduser().exists() and (folder / model).exists():
+        return str(folder / model)
+    return model
+
+
+def _dtype(content: Mapping[str, Any]) -> str | None:
+    # `dtype` is the working type of other tools and, unless out_dtype is there, the type they write.
+    for key in ("out_dtype", "dtype"):
+        if content.get(key) is not None and content[key] not in DTYPES:
+            raise ValueError(f"Recipe has {key}={content[key]!r}; expected one of {', '.join(DTYPES)}.")
+    return content.get("out_dtype") or content.get("dtype")
+
+
+def _choice(values: Mapping[str, Any], key: str, choices: Sequence[str]) -> None:
+    if key in values and values[key] not in choices:
+        raise ValueError(f"Recipe has {key}={values[key]!r}; expected one of {', '.join(choices)}.")
+
+
+def _parameters(method: str, given: Any, densities: Sequence[float], models: Sequence[RecipeModel]) -> dict[str, Any]:
+    """The method's keywords under our names."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"Recipe key 'parameters' must be a mapping such as {{density: 0.2}}, got {given!r}.")
+    parameters = dict(given or {})
+    parameters.pop("int8_mask", None)
+    if "lambda" in parameters:
+        parameters["scaling_coefficient"] = parameters.pop("lambda")
+    if len(set(densities)) > 1:
+        raise ValueError(f"The models have different densities {list(densities)}; give one under 'parameters'.")
+    if densities:
+        parameters.setdefault("density", densities[0])
+    if method in _ELECTING and "normalize" in parameters:
+        parameters.setdefault("merge_func", "mean" if parameters.pop("normalize") else "sum")
+    if "statistics" not in get_merge_method(method).parameters:
+        return check_merge_kwargs(method, parameters)
+    for model in models:
+        if model.statistics is None:
+            raise ValueError(
+                f"Merge method '{method}' needs a file of statistics for model {model.model!r}; add statistics: "
+                "FILE.safetensors to its entry."
+            )
+    checked = check_merge_kwargs(method, {**parameters, "statistics": [{} for _ in models]})
+    return {key: value for key, value in checked.items() if key != "statistics"}

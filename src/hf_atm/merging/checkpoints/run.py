@@ -1,0 +1,244 @@
+"""Carrying a job out: threads that read, compute and write at once, each tensor straight to its place on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from ..engine import PIECE, flat
+from .job import Job, Step, has_scratch, offset_step, scratch_size
+from .layout import Layout, Place, bytes_of, write_at
+from .processes import Processes, share_out
+from .staging import SCRATCH_NAME, Journal, digest_region
+
+
+PRIVATE_FOLDER = "task_specific"
+
+Progress = Callable[[float], None]
+
+
+class Run:
+    """One process's share of a merge.
+
+    Args:
+        job (`Job`): the merge.
+        staging (`Path`): where its files are.
+        journal (`Journal`): what is done already.
+        processes (`Processes`): who else works on it.
+        threads (`int`): workers, each with one thread of its own for linear algebra.
+        progress (`Callable`): told the cost of every finished step.
+    """
+
+    def __init__(
+        self, job: Job, staging: Path, journal: Journal, processes: Processes, threads: int, progress: Progress
+    ) -> None:
+        self.job, self.staging, self.journal, self.processes = job, staging, journal, processes
+        self.threads, self.progress = threads, progress
+        files = [*job.layout.files, *((SCRATCH_NAME,) if has_scratch(job.merger) else ())]
+        kept = [f"{PRIVATE_FOLDER}/{file}" for layout in job.private.values() for file in layout.files]
+        self._descriptors = {name: os.open(staging / name, os.O_RDWR) for name in [*files, *kept]}
+        self._offsets: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Does this process's steps; waits for the others only where a factor depends on the whole model."""
+        merger = self.job.merger
+        with _single_threaded(self.threads):
+            merger.prepare()
+            mine = [self.job.steps[index] for index in self._share()]
+            if merger.needs_norms:
+                self._open_scratch()
+                self._all("vectors", [step for step in mine if step.kind == "merge"], self._vectors)
+                found = {
+                    key: entry["norms"] for (phase, key), entry in self.journal.entries.items() if phase == "vectors"
+                }
+                merger.settle(
+                    {key: norms for part in self.processes.union(found).values() for key, norms in part.items()}
+                )
+            self._all("write", mine, self._write)
+
+    def close(self) -> None:
+        """Closes the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def _share(self) -> list[int]:
+        steps = self.job.steps
+        costs = [step.cost for step in steps]
+        return share_out([step.keys for step in steps], costs, self.processes.count)[self.processes.rank]
+
+    def _all(self, phase: str, steps: Sequence[Step], work: Callable[[Step], dict[str, Any]]) -> None:
+        """Runs all steps that the journal does not hold yet, and notes each when it is done."""
+        waiting = []
+        for step in steps:
+            if self._is_done(phase, step):
+                self.progress(step.cost)
+            else:
+                waiting.append(step)
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures: dict[Future, Step] = {}
+            for index, step in enumerate(waiting):
+                ahead = waiting[index + self.threads : index + self.threads + 1]
+                futures[pool.submit(self._with_prefetch, work, step, ahead)] = step
+            pending = set(futures)
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=1.0, return_when=FIRST_EXCEPTION)
+                    for future in sorted(done, key=lambda future: futures[future].keys):
+                        step = futures[future]
+                        self.journal.add(phase, _label(step), **future.result())
+                        self.progress(step.cost)
+            except BaseException:
+                for future in pending:
+                    future.cancel()
+                raise
+
+    def _with_prefetch(
+        self, work: Callable[[Step], dict[str, Any]], step: Step, ahead: Sequence[Step]
+    ) -> dict[str, Any]:
+        for following in ahead:
+            if following.kind == "merge":
+                for reader in self.job.readers:
+                    reader.prefetch(following.keys)
+        return work(step)
+
+    def _is_done(self, phase: str, step: Step) -> bool:
+        entry = self.journal.get(phase, _label(step))
+        if entry is None:
+            return False
+        # The journal may have reached the disk before the bytes did.
+        return (
+            all(
+                digest_region(self._folder(step) / place.file, place.start, place.nbytes) == entry["outputs"][key]
+                for key, place in self._places(step).items()
+            )
+            if phase == "write"
+            else True
+        )
+
+    # ---- The steps ----
+
+    def _vectors(self, step: Step) -> dict[str, Any]:
+        merger = self.job.merger
+        merged = merger.vectors(step.keys)
+        if not merger.fused:
+            for key, vector in merged.items():
+                write_at(self._descriptors[SCRATCH_NAME], vector.cpu(), self._offsets[key])
+        return {"norms": merger.norms(step.keys, merged)}
+
+    def _write(self, step: Step) -> dict[str, Any]:
+        outputs: dict[str, str] = {}
+        merger, leaders = self.job.merger, self.job.plan.groups
+        if step.kind == "merge":
+            vectors: dict[str, Tensor] = {}
+            if not merger.fused:
+                vectors = self._read_scratch(step) if merger.needs_norms else merger.vectors(step.keys)
+            for key in step.keys:
+                pieces = merger.pieces(key, vectors.pop(key, None))
+                outputs |= self._store(self.job.layout, "", leaders[key], pieces)
+        elif step.kind == "copy":
+            (key,) = step.keys
+            outputs = self._store(self.job.layout, "", [key], self._copied(key))
+        else:
+            name = step.kind.partition(":")[2]
+            reader = self.job.readers[[model.name for model in self.job.recipe.models].index(name)]
+            for key in step.keys:
+                outputs |= self._store(self.job.private[name], f"{PRIVATE_FOLDER}/", [key], _pieces(reader[key]))
+        return {"outputs": outputs, "inputs": self._input_digests(step)}
+
+    def _copied(self, key: str) -> Iterator[Tensor]:
+        tensor = self.job.pooled.get(key, self.job.plan.reference[key])
+        dtype = self.job.layout.tensors[key].dtype
+        return (piece.to(dtype) for piece in _pieces(tensor))
+
+    def _store(self, layout: Layout, prefix: str, keys: Sequence[str], pieces: Iterator[Tensor]) -> dict[str, str]:
+        """Writes one tensor under all its names; returns the digests of its bytes."""
+        digest, done = xxhash.xxh3_128(), 0
+        places = {key: layout.places[key] for key in keys}
+        for piece in pieces:
+            piece = piece.cpu()
+            for place in places.values():
+                data = write_at(self._descriptors[prefix + place.file], piece, place.start + done)
+            digest.update(data)
+            done += piece.numel() * piece.itemsize
+        return dict.fromkeys(keys, digest.hexdigest())
+
+    def _input_digests(self, step: Step) -> list[dict[str, str]]:
+        """Digests of the step's tensors in every input, while their pages are still in memory."""
+        digests: list[dict[str, str]] = []
+        for reader in self.job.readers:
+            held = [key for key in step.keys if key in reader] if not step.kind.startswith("private:") else []
+            digests.append({key: _digest(reader[key]) for key in held})
+        return digests
+
+    # ---- Files ----
+
+    def _folder(self, step: Step) -> Path:
+        return self.staging / PRIVATE_FOLDER if step.kind.startswith("private:") else self.staging
+
+    def _places(self, step: Step) -> dict[str, Place]:
+        if step.kind.startswith("private:"):
+            return {key: self.job.private[step.kind.partition(":")[2]].places[key] for key in step.keys}
+        groups = self.job.plan.groups
+        return {name: self.job.layout.places[name] for key in step.keys for name in groups.get(key, [key])}
+
+    def _open_scratch(self) -> None:
+        merger, end = self.job.merger, 0
+        for key in merger.plan.leaders:
+            self._offsets[key] = end
+            end += offset_step(merger, key)
+
+    def _read_scratch(self, step: Step) -> dict[str, Tensor]:
+        merger = self.job.merger
+        size = scratch_size(merger)
+        scratch = torch.from_file(str(self.staging / SCRATCH_NAME), shared=True, size=size, dtype=torch.uint8)
+        vectors = {}
+        for key in step.keys:
+            dtype, shape = merger.plan.dtypes[key], merger.views[0].shape(key)
+            start = self._offsets[key]
+            vectors[key] = scratch[start : start + shape.numel() * dtype.itemsize].view(dtype).reshape(shape)
+        return vectors
+
+
+def create_files(job: Job, staging: Path) -> None:
+    """Makes every file of a merge in its final size."""
+    job.layout.create(staging)
+    if job.private:
+        (staging / PRIVATE_FOLDER).mkdir()
+    for layout in job.private.values():
+        layout.create(staging / PRIVATE_FOLDER)
+    if has_scratch(job.merger):
+        with open(staging / SCRATCH_NAME, "wb") as handle:
+            handle.truncate(scratch_size(job.merger))
+
+
+@contextmanager
+def _single_threaded(workers: int) -> Iterator[None]:
+    """Leaves the cores to the workers: linear algebra inside each runs on one thread."""
+    before = torch.get_num_threads()
+    if workers > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _label(step: Step) -> str:
+    return f"{step.kind}|{step.keys[0]}"
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    row = flat(tensor)
+    return (row[start : start + PIECE] for start in range(0, row.numel(), PIECE))
+
+
+def _digest(tensor: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(bytes_of(tensor))
