@@ -10,7 +10,27 @@ import hf_atm.merging as merging
 from hf_atm.merging import registry
 
 
-MODULES = ("buffers", "linear", "masks", "registry", "sparse", "spectral", "state_dict", "task_vectors", "tensors")
+MODULES = (
+    "breadcrumbs",
+    "buffers",
+    "chunks",
+    "consensus",
+    "dare",
+    "della",
+    "elections",
+    "linear",
+    "magmax",
+    "pcb",
+    "random_masks",
+    "registry",
+    "selection",
+    "spectral",
+    "state_dict",
+    "task_vectors",
+    "tensors",
+    "ties",
+    "trimming",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

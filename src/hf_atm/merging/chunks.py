@@ -12,12 +12,14 @@ from .tensors import Task, sorted_keys, weighted_sum
 
 
 # Entries per chunk: T chunks and their accumulators fit into the second-level cache of a core.
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 
 # Biases, norms and scalars are too small for a density to mean anything.
 MIN_SPARSE_NUMEL = 100
 
 Combine = Callable[[int, list[Tensor]], Tensor]
+# `drop(key, start, chunks)`: T chunks of a tensor from flat index `start` on, with entries set to zero.
+Drop = Callable[[str, int, list[Tensor]], list[Tensor]]
 
 
 def spans(numel: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
@@ -55,6 +57,13 @@ def merge_chunks(tasks: Sequence[Task], key: str, combine: Combine, multiple: in
     return merged.view(shape)
 
 
+def sum_kept(tasks: Sequence[Task], key: str, drop: Drop, coefficients: Sequence[float], multiple: int = 1) -> Tensor:
+    """One tensor of `sum_t coefficient_t * kept_t`; see [`merge_chunks`]."""
+    return merge_chunks(
+        tasks, key, lambda start, chunks: weighted_sum(drop(key, start, chunks), coefficients), multiple
+    )
+
+
 def split_small(tasks: Sequence[Task], min_sparse_numel: int) -> tuple[list[str], list[str]]:
     """Tensor names that get masks, and those too small for them (empty tensors always are)."""
     keys = sorted_keys(tasks)
@@ -63,9 +72,13 @@ def split_small(tasks: Sequence[Task], min_sparse_numel: int) -> tuple[list[str]
     return [key for key in keys if numels[key] >= limit], [key for key in keys if numels[key] < limit]
 
 
-def plain_merge(tasks: Sequence[Task], keys: Sequence[str], normalize: bool) -> dict[str, Tensor]:
-    """The linear merge in the method's own scale, for tensors without masks."""
-    if not keys:
-        return {}
-    coefficients = linear_coefficients("mean", [task.weight for task in tasks], normalize=normalize)
-    return {key: weighted_sum((task.tensor(key) for task in tasks), coefficients) for key in keys}
+def merge_each(
+    tasks: Sequence[Task], min_sparse_numel: int, normalize: bool, merge: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """Every tensor by its name: `merge(key)`, or a plain mean (or sum) where it is too small for masks."""
+    keys, small = split_small(tasks, min_sparse_numel)
+    merged = {key: merge(key) for key in keys}
+    if small:
+        coefficients = linear_coefficients("mean", [task.weight for task in tasks], normalize=normalize)
+        merged.update({key: weighted_sum((task.tensor(key) for task in tasks), coefficients) for key in small})
+    return {key: merged[key] for key in sorted(merged)}

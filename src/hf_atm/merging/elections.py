@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .chunks import merge_chunks, spans
+from .chunks import Drop, merge_chunks, spans
 from .tensors import Task
-
-
-Drop = Callable[[str, int, list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,12 +22,14 @@ class Election:
         weighted_vote (`bool`): whether votes are multiplied by the weights.
         merge_func (`str`): `"mean"`: weighted sum over the sum of the *absolute* agreeing weights (a signed divisor
             could exceed every input); `"sum"`: weighted sum; `"max"`: weighted value of largest magnitude.
+        factor (`float`): what the result is multiplied by.
     """
 
     weights: Sequence[float]
     majority_sign_method: str = "total"
     weighted_vote: bool = False
     merge_func: str = "mean"
+    factor: float = 1.0
 
     def signs(self, values: Sequence[Tensor]) -> Tensor:
         """Elected signs -1, 0 and 1 in float64; 0 where the vote is a draw or nobody votes."""
@@ -44,7 +43,7 @@ class Election:
         """Combines, entry by entry, only the values that have the elected sign, -1 or 1; float64."""
         agreeing = (torch.relu(value * signs.to(value.dtype)) for value in values)
         if self.merge_func == "max":
-            return self._largest(agreeing, signs)
+            return self._largest(agreeing, signs).mul_(self.factor)
         total, divisor = torch.zeros_like(signs), torch.zeros_like(signs)
         for magnitude, weight in zip(agreeing, self.weights, strict=True):
             # Agreement looks at the value, not at the weighted value.
@@ -53,7 +52,7 @@ class Election:
                 divisor.add_(magnitude.sign_(), alpha=abs(weight))
         if self.merge_func == "mean":
             total.div_(divisor.clamp_(min=torch.finfo(divisor.dtype).tiny))
-        return total.mul_(signs)
+        return total.mul_(signs).mul_(self.factor)
 
     def _largest(self, agreeing: Iterable[Tensor], signs: Tensor) -> Tensor:
         """The largest weighted magnitude with its sign; of equal ones that with a positive weight."""
@@ -100,12 +99,12 @@ def merge_elected(
         undecided = 1 - signs.abs()
         if majority is None:
             balance += int(signs.sum())
-            where = _contested(undecided, values)
-            if len(where):
-                # The majority is known at the end only; until then both outcomes are kept.
-                minus = torch.full((len(where),), -1.0, dtype=signs.dtype, device=signs.device)
-                drawn.append((start + where, election.merge([value[where] for value in values], minus)))
-        return election.merge(values, signs.add_(undecided, alpha=majority or 1))
+        merged = election.merge(values, signs.add_(undecided, alpha=majority or 1))
+        if majority is None and len(where := _contested(undecided, merged, values, election)):
+            # The majority is known at the end only; until then both outcomes are kept.
+            minus = torch.full((len(where),), -1.0, dtype=signs.dtype, device=signs.device)
+            drawn.append((start + where, election.merge([value[where] for value in values], minus)))
+        return merged
 
     merged = merge_chunks(tasks, key, combine, multiple)
     if balance < 0:
@@ -124,10 +123,11 @@ def majority_sign(tasks: Sequence[Task], keys: Sequence[str], drop: Drop, electi
     return -1 if balance < 0 else 1
 
 
-def _contested(undecided: Tensor, values: Sequence[Tensor]) -> Tensor:
+def _contested(undecided: Tensor, merged: Tensor, values: Sequence[Tensor], election: Election) -> Tensor:
     """Indices of the entries without a sign for which somebody voted."""
-    votes = values[0].abs()
-    for value in values[1:]:
-        votes.add_(value.abs())
-    votes.mul_(undecided)
-    return votes.nonzero().view(-1) if votes.count_nonzero() else votes.new_empty(0, dtype=torch.int64)
+    if min(election.weights) > 0:
+        # Then somebody voted plus, and the merge with plus shows it.
+        draws = undecided.mul_(merged)
+    else:
+        draws = undecided.mul_(torch.stack([value.abs() for value in values]).amax(0))
+    return draws.nonzero().view(-1) if draws.count_nonzero() else draws.new_empty(0, dtype=torch.int64)

@@ -15,16 +15,24 @@ Numbers = NDArray[Any]
 Pass = Callable[[], Iterable[Sequence[Numbers]]]
 
 _DIGIT_BITS = 16
+# Up to here sorting beats another bracket.
+_FEW = 1 << 12
 # Standard errors around a sampled quantile: four miss once in some ten thousand rankings.
 _MARGIN = 4.0
 
 
 class Rank(NamedTuple):
-    """The k-th largest number, how many are equal to it, and how many of those belong to the k largest."""
+    """A k-th largest number.
+
+    Args:
+        value (`float`): the number.
+        places (`int`): how many numbers equal to it are among the k largest.
+        equal (`list[int]`): how many numbers are equal to it in each piece of a pass.
+    """
 
     value: float
     places: int
-    equal: int
+    equal: list[int]
 
 
 def sample_step(total: int) -> int:
@@ -97,31 +105,40 @@ class _Bracket:
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
         self.above_high = self.from_high = self.above_low = self.from_low = 0
+        self.at_high: list[int] = []
+        self.at_low: list[int] = []
         self.inside: list[Numbers] = []
 
     def add(self, piece: Numbers) -> None:
         above_low, from_high = piece > self.low, piece >= self.high
-        self.above_high += count(piece > self.high)
-        self.from_low += count(piece >= self.low)
-        low, high = count(above_low), count(from_high)
-        self.above_low += low
-        self.from_high += high
-        if low > high:
-            self.inside.append(piece[above_low != from_high])
+        counts = count(piece > self.high), count(from_high), count(above_low), count(piece >= self.low)
+        self.above_high += counts[0]
+        self.from_high += counts[1]
+        self.above_low += counts[2]
+        self.from_low += counts[3]
+        self.at_high.append(counts[1] - counts[0])
+        self.at_low.append(counts[3] - counts[2])
+        self.inside.append(piece[above_low != from_high] if counts[2] > counts[1] else piece[:0])
 
     def find(self, k: int) -> Rank | None:
         """The k-th largest number, unless it lies outside."""
         if not self.above_high < k <= self.from_low:
             return None
         if k <= self.from_high:
-            return Rank(self.high, k - self.above_high, self.from_high - self.above_high)
+            return Rank(self.high, k - self.above_high, self.at_high)
         if k > self.above_low:
-            return Rank(self.low, k - self.above_low, self.from_low - self.above_low)
+            return Rank(self.low, k - self.above_low, self.at_low)
         inside = np.concatenate(self.inside)
-        position = inside.size - (k - self.from_high)
-        value = np.partition(inside, position)[position]
-        larger = count(inside > value)
-        return Rank(float(value), k - self.from_high - larger, count(inside == value))
+        value, places, _ = _kth_in_memory(inside, k - self.from_high)
+        return Rank(value, places, [count(piece == value) for piece in self.inside])
+
+
+def _kth_in_memory(numbers: Numbers, k: int) -> Rank:
+    if numbers.size > _FEW:
+        sample = numbers[:: sample_step(numbers.size)]
+        return kth_largest([sample], lambda: [[numbers]], numbers.size, [k])[0]
+    value = np.partition(numbers, numbers.size - k)[numbers.size - k]
+    return Rank(float(value), k - count(numbers > value), [count(numbers == value)])
 
 
 def kth_by_histogram(numbers: Callable[[], Iterable[Numbers]], k: int, dtype: np.dtype[Any]) -> Rank:
@@ -133,7 +150,7 @@ def kth_by_histogram(numbers: Callable[[], Iterable[Numbers]], k: int, dtype: np
     looks only at the numbers that share the bits found so far.
     """
     width = 8 * dtype.itemsize
-    prefix, remaining, equal = 0, k, 0
+    prefix, remaining = 0, k
     for shift in range(width - _DIGIT_BITS, -1, -_DIGIT_BITS):
         counts = np.zeros(1 << _DIGIT_BITS, dtype=np.int64)
         for piece in numbers():
@@ -146,10 +163,10 @@ def kth_by_histogram(numbers: Callable[[], Iterable[Numbers]], k: int, dtype: np
         if position == counts.size:
             raise ValueError(f"Asked for number {k} of only {int(at_least[-1])}.")
         digit = counts.size - 1 - position
-        equal = int(counts[digit])
-        remaining -= int(at_least[position]) - equal
+        remaining -= int(at_least[position] - counts[digit])
         prefix = (prefix << _DIGIT_BITS) | digit
-    return Rank(_from_ordered_bits(prefix, dtype), remaining, equal)
+    value = _from_ordered_bits(prefix, dtype)
+    return Rank(value, remaining, [count(piece == value) for piece in numbers()])
 
 
 def _ordered_bits(piece: Numbers) -> Numbers:

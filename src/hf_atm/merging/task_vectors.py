@@ -68,7 +68,7 @@ def merge_task_vectors(
         raise ValueError("There is nothing to merge: task_vectors is empty.")
     labels = check_names(names, len(task_vectors)) if names is not None else None
     shown = labels or [f"task vector {index}" for index in range(len(task_vectors))]
-    _check_same_keys(task_vectors, shown)
+    check_same_keys(task_vectors, shown)
     for label, vector in zip(shown, task_vectors, strict=True):
         for key, tensor in vector.items():
             check_finite(tensor, key, label)
@@ -149,7 +149,8 @@ def _scale_merged(
     return {key: (tensor.double() * factor).to(tensor.dtype) for key, tensor in merged.items()}
 
 
-def _check_same_keys(task_vectors: Sequence[Mapping[str, Tensor]], labels: Sequence[str]) -> None:
+def check_same_keys(task_vectors: Sequence[Mapping[str, Tensor]], labels: Sequence[str]) -> None:
+    """Raises `ValueError` unless all task vectors have the same keys and shapes and are floating point."""
     first = task_vectors[0]
     odd = sorted({key for vector in task_vectors for key in set(vector) ^ set(first)})
     if odd:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .chunks import MIN_SPARSE_NUMEL, plain_merge, split_small
+from .chunks import MIN_SPARSE_NUMEL, merge_each, split_small
 from .elections import Election, majority_sign, merge_elected
 from .registry import get_merge_method, register_merge_method
 from .tensors import Task, canonical_tasks
@@ -91,8 +91,7 @@ def ties(
     """
     tasks = canonical_tasks(task_vectors, weights, names)
     election = Election([task.weight for task in tasks], majority_sign_method, weighted_vote, merge_func)
-    keys, small = split_small(tasks, min_sparse_numel)
-    if context is None and keys:
+    if context is None:
         context = prepare_ties(
             task_vectors,
             weights,
@@ -103,12 +102,13 @@ def ties(
             weighted_vote=weighted_vote,
             min_sparse_numel=min_sparse_numel,
         )
-    merged = plain_merge(tasks, small, normalize=merge_func != "sum")
-    for key in keys:
-        cuts = _cuts(tasks, [key], density) if context is None else context.cuts
-        majority = None if context is None else context.majority
-        merged[key] = merge_elected(tasks, key, trim(cuts), election, majority)
-    return {key: merged[key] for key in sorted(merged)}
+
+    def merge(key: str) -> Tensor:
+        if context is None:
+            return merge_elected(tasks, key, trim(_cuts(tasks, [key], density)), election)
+        return merge_elected(tasks, key, trim(context.cuts), election, context.majority)
+
+    return merge_each(tasks, min_sparse_numel, merge_func != "sum", merge)
 
 
 def _cuts(tasks: Sequence[Task], keys: Sequence[str], density: float) -> tuple[Cut, ...]:

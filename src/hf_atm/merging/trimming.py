@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from .chunks import spans
-from .selection import Numbers, Rank, count, kth_largest, sample_step
+from .chunks import Drop, spans
+from .selection import Numbers, Rank, kth_largest, sample_step
 from .tensors import Task
 
 
@@ -42,7 +42,7 @@ class Cut(NamedTuple):
         return kept
 
 
-def trim(cuts: Sequence[Cut]) -> Callable[[str, int, list[Tensor]], list[Tensor]]:
+def trim(cuts: Sequence[Cut]) -> Drop:
     """`drop(key, start, chunks)`: the chunks of T tasks, each after its cut."""
 
     def drop(key: str, start: int, chunks: list[Tensor]) -> list[Tensor]:
@@ -72,56 +72,83 @@ def find_cuts(task: Task, keys: Sequence[str], counts: Sequence[int]) -> list[Cu
         `list[Cut]`: one per count.
     """
     total = sum(task.shape(key).numel() for key in keys)
-    wide = any(task.dtype(key) == torch.float64 for key in keys)
-    dtype = np.dtype(np.float64 if wide else np.float32)
     ranked = [kept for kept in counts if 0 < kept < total]
+    dtype = _numpy_type(task, keys)
 
-    def pieces() -> Iterator[Sequence[Numbers]]:
-        return ([piece] * len(ranked) for _, _, piece in _magnitudes(task, keys, dtype))
+    def scores(pieces: list[Tensor]) -> list[Numbers]:
+        return [_magnitude(pieces[0], dtype)] * len(ranked)
 
-    sample = _sample(task, keys, total, dtype) if ranked else np.empty(0, dtype)
-    ranks = iter(kth_largest([sample] * len(ranked), pieces, total, ranked) if ranked else ())
+    ranks = iter(rank_entries([task], keys, scores, ranked))
     nothing, everything = Cut(np.inf, keys[-1], 0), Cut(0.0, keys[-1], 0)
     return [
-        _locate(task, keys, next(ranks), dtype) if 0 < kept < total else everything if kept else nothing
+        _cut(task, keys, next(ranks), dtype) if 0 < kept < total else everything if kept else nothing
         for kept in counts
     ]
 
 
-def _locate(task: Task, keys: Sequence[str], rank: Rank, dtype: np.dtype[Any]) -> Cut:
+def rank_entries(
+    tasks: Sequence[Task], keys: Sequence[str], scores: Callable[[list[Tensor]], list[Numbers]], ks: Sequence[int]
+) -> list[Rank]:
+    """
+    Exact k-th largest scores over all entries of some tensors.
+
+    Args:
+        tasks (`Sequence[Task]`):
+            T tasks.
+        keys (`Sequence[str]`):
+            Sorted names of the tensors, none of them empty.
+        scores (`Callable`):
+            From T pieces at the same places, one array of scores per ranking, all of one floating type.
+        ks (`Sequence[int]`):
+            One rank per ranking, from 1 to the number of entries; the tensors are not read if there are none.
+
+    Returns:
+        `list[Rank]`: one per ranking; its pieces are those of [`spans`], tensor after tensor.
+    """
+    if not ks:
+        return []
+    numels = [tasks[0].shape(key).numel() for key in keys]
+    # Every so many entries of the tensors one after the other, so that each entry counts the same.
+    step, start, samples = sample_step(sum(numels)), 0, []
+    for key, numel in zip(keys, numels, strict=True):
+        if start < numel:
+            samples.append(scores([task.strided(key, start, step) for task in tasks]))
+        start = (start - numel) % step
+
+    def numbers() -> Iterator[Sequence[Numbers]]:
+        for key, start, stop in _places(tasks[0], keys):
+            yield scores([task.chunk(key, start, stop) for task in tasks])
+
+    return kth_largest([np.concatenate(each) for each in zip(*samples, strict=True)], numbers, sum(numels), ks)
+
+
+def _cut(task: Task, keys: Sequence[str], rank: Rank, dtype: np.dtype[Any]) -> Cut:
     """The cut that keeps the first `rank.places` entries equal to the threshold."""
     left = rank.places
-    # Zeros need no places: keeping or dropping them gives the same task vector.
-    if left < rank.equal and rank.value > 0:
-        for key, start, piece in _magnitudes(task, keys, dtype):
-            equal = piece == rank.value
-            here = count(equal)
-            if here >= left:
-                return Cut(rank.value, key, start + int(np.flatnonzero(equal)[left - 1]) + 1)
-            left -= here
-    return Cut(rank.value, keys[-1], task.shape(keys[-1]).numel())
+    for (key, start, stop), equal in zip(_places(task, keys), rank.equal, strict=True):
+        if left <= equal:
+            if left < equal:
+                indices = np.flatnonzero(_magnitude(task.chunk(key, start, stop), dtype) == rank.value)
+                stop = start + int(indices[left])
+            return Cut(rank.value, key, stop)
+        left -= equal
+    raise AssertionError("A rank has no more places than equal entries.")
 
 
-def _magnitudes(task: Task, keys: Sequence[str], dtype: np.dtype[Any]) -> Iterator[tuple[str, int, Numbers]]:
-    for key in keys:
-        for start, stop in spans(task.shape(key).numel()):
-            yield key, start, _magnitude(task.chunk(key, start, stop), dtype)
+def _places(task: Task, keys: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Tensor, start and stop of all chunks in order."""
+    return ((key, start, stop) for key in keys for start, stop in spans(task.shape(key).numel()))
+
+
+def _numpy_type(task: Task, keys: Sequence[str]) -> np.dtype[Any]:
+    """The type that holds the magnitudes of all the tensors."""
+    wide = any(task.dtype(key) == torch.float64 for key in keys)
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 def _magnitude(chunk: Tensor, dtype: np.dtype[Any]) -> Numbers:
     # Half as long in NumPy as in torch, and the comparisons that follow a tenth.
     return np.abs(chunk.cpu().numpy().astype(dtype, copy=False))
-
-
-def _sample(task: Task, keys: Sequence[str], total: int, dtype: np.dtype[Any]) -> Numbers:
-    """Every so many entries of the tensors one after the other, so that each entry counts the same."""
-    step, start, sampled = sample_step(total), 0, []
-    for key in keys:
-        numel = task.shape(key).numel()
-        if start < numel:
-            sampled.append(_magnitude(task.strided(key, start, step), dtype))
-        start = (start - numel) % step
-    return np.concatenate(sampled)
 
 
 def _below(value: float, dtype: torch.dtype, strictly: bool) -> float:
