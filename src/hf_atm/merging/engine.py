@@ -192,7 +192,7 @@ class Merger:
         )
 
     def pieces(self, key: str, vector: Tensor | None = None) -> Iterator[Tensor]:
-        """The finished tensor in its output type, as flat pieces in order.
+        """The finished tensor in its output type, as flat pieces in order; each is valid until the next is asked for.
 
         Args:
             key (`str`): the tensor.
@@ -200,10 +200,20 @@ class Merger:
         """
         total = self.views[0].shape(key).numel()
         sources = self._sources(key, vector)
-        out_dtype = self.plan.out_dtypes[key]
+        device = self.device or sources[0][1].device
+        size, out_dtype = min(total, PIECE), self.plan.out_dtypes[key]
+        # Buffers that are used again stay in the cache; fresh ones would be paid for page by page.
+        sums, terms = (torch.empty(size, dtype=torch.float64, device=device) for _ in range(2))
+        single = torch.empty(size, dtype=torch.float32, device=device)
+        rounded = torch.empty(size, dtype=out_dtype, device=device)
         for start in range(0, total, PIECE):
-            stop = min(total, start + PIECE)
-            piece = _rounded(_weighted_piece(sources, start, stop, self.device), out_dtype)
+            count = min(total, start + PIECE) - start
+            piece = _weighted_piece(sources, start, sums[:count], terms[:count])
+            if out_dtype.itemsize < 4:
+                # Exact halves between two bfloat16 neighbours are common (three coarse values, simple weights). Float32
+                # in between takes the noise of float64's last digits off them, so that they go to the even neighbour.
+                piece = single[:count].copy_(piece)
+            piece = rounded[:count].copy_(piece)
             if not all_finite(piece):
                 self._explain(key)
             yield piece
@@ -285,26 +295,14 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
-def _weighted_piece(
-    sources: Sequence[tuple[float, Tensor]], start: int, stop: int, device: torch.device | None
-) -> Tensor:
-    """Entries `[start, stop)` of a weighted sum, accumulated in float64: in the cache, it costs little more."""
-    total: Tensor | None = None
-    for coefficient, tensor in sources:
-        piece = tensor[start:stop]
-        if device is not None:
-            piece = piece.to(device)
-        if total is None:
-            total = piece.to(torch.float64, copy=True)
+def _weighted_piece(sources: Sequence[tuple[float, Tensor]], start: int, sums: Tensor, terms: Tensor) -> Tensor:
+    """Entries from `start` of a weighted sum, accumulated in float64: in the cache, that costs little more."""
+    stop = start + sums.numel()
+    for index, (coefficient, tensor) in enumerate(sources):
+        if index == 0:
+            sums.copy_(tensor[start:stop])
             if coefficient != 1.0:
-                total.mul_(coefficient)
+                sums.mul_(coefficient)
         else:
-            total.add_(piece.to(total.device), alpha=coefficient)
-    assert total is not None
-    return total
-
-
-def _rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
-    # Exact halves between two bfloat16 neighbours are common (three coarse values, simple weights); float32 in between
-    # takes the noise of the last digits of float64 off them, so that they go to the even neighbour.
-    return total.to(torch.float32).to(dtype) if dtype.itemsize < 4 else total.to(dtype)
+            sums.add_(terms.copy_(tensor[start:stop]), alpha=coefficient)
+    return sums
