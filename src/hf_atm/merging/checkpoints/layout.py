@@ -88,6 +88,8 @@ def plan_layout(tensors: dict[str, Tensor], max_shard_size: int | str, name: str
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    if isinstance(max_shard_size, str) and max_shard_size.isdigit():
+        max_shard_size = int(max_shard_size)
     pattern = name.removesuffix(".safetensors") + "{suffix}.safetensors"
     try:
         split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
