@@ -143,11 +143,11 @@ def test_pcb_survives_ranges_that_are_points():
     assert merge_task_vectors(tensors([2.0, 2.0], [0.0, 0.0]), "pcb")["w"].tolist() == [2.0, 2.0]
 
 
-def test_weight_zero_means_absent():
-    vectors = random_vectors(3)
-    for method, kwargs in (("ties", {"density": 0.5}), ("tsv_m", {}), ("dare_ties", {"density": 0.5})):
-        with_zero = merge_task_vectors(vectors, method, [1, 1, 0], ["a", "b", "c"], **kwargs)
-        assert_same(with_zero, merge_task_vectors(vectors[:2], method, [1, 1], ["a", "b"], **kwargs))
+@pytest.mark.parametrize("method", [*ELEMENTWISE, "tsv_m"])
+def test_weight_zero_means_absent(method):
+    vectors, kwargs = random_vectors(3), METHODS[method]
+    with_zero = merge_task_vectors(vectors, method, [1, 1, 0], ["a", "b", "c"], **kwargs)
+    assert_same(with_zero, merge_task_vectors(vectors[:2], method, [1, 1], ["a", "b"], **kwargs))
 
 
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
@@ -159,6 +159,30 @@ def test_at_least_one_entry_survives(method):
     for gamma in (0.9, 1 - 1e-14):
         one = merge_task_vectors([{"a": torch.tensor([2.0])}], "breadcrumbs", density=1e-14, gamma=gamma, **ALL)
         assert one["a"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("method", "kwargs", "words"),
+    [
+        ("consensus", {"mask_threshold": -0.1}, ["mask_threshold=-0.1", "at least 0"]),
+        ("consensus", {"mask_threshold": [0.2, "a"]}, ["mask_threshold=[0.2, 'a']", "one per task"]),
+        ("consensus", {"mask_threshold": []}, ["mask_threshold=[]"]),
+        ("consensus", {"k": 0}, ["k=0", "at least 1"]),
+        ("consensus", {"k": 1.5}, ["k=1.5", "integer"]),
+        ("pcb", {"clip_tails": 0.5}, ["clip_tails=0.5", "[0, 0.5)"]),
+        ("pcb", {"density": 0.0}, ["density=0.0"]),
+        ("della", {"density": 0.5, "epsilon": -0.1}, ["epsilon=-0.1"]),
+        ("della", {}, ["needs", "density"]),
+        ("della_linear", {}, ["needs", "density"]),
+        ("breadcrumbs_ties", {"gamma": 0.9}, ["gamma=0.9", "sum must not exceed 1"]),
+    ],
+)
+def test_bad_keywords_are_refused_in_one_sentence(method, kwargs, words):
+    with pytest.raises(ValueError) as error:
+        merge_task_vectors(random_vectors(2), method, **kwargs)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert message.endswith(".") and "\n" not in message
 
 
 @pytest.mark.parametrize("method", MASKED)

@@ -177,3 +177,12 @@ def test_a_near_draw_is_decided_exactly():
     # In float32, 1e8 + 1 - 1e8 is 0, and the order of the tasks would decide.
     merged = merge_task_vectors(tensors([1e8], [-1.0], [-1e8]), "ties", density=1.0, **ALL)
     assert merged["w"].item() == pytest.approx(-(1e8 + 1) / 2)
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("func", ["mean", "sum", "max"])
+def test_results_are_the_float64_ones_rounded_once(scope, func):
+    vectors, weights = random_vectors(4, {"w": (30, 40), "v": (50,)}), [0.3, 0.1, 0.7, 0.2]
+    merged = merge_task_vectors(vectors, "ties", weights, list("abcd"), trim_scope=scope, merge_func=func, **ALL)
+    for key, expected in reference.ties(as_numpy(vectors), weights, 0.2, scope, func=func).items():
+        assert np.array_equal(merged[key].numpy(), expected.astype(np.float32)), key

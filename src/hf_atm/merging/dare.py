@@ -60,7 +60,8 @@ def dare(
     """
     tasks = canonical_tasks(task_vectors, weights, names)
     coefficients = linear_coefficients("mean", [task.weight for task in tasks], normalize=normalize)
-    scaled = [coefficient * _factor(density, rescale) for coefficient in coefficients]
+    factor = _factor(density, rescale)
+    scaled = [coefficient * factor for coefficient in coefficients]
 
     def merge(key: str) -> Tensor:
         return sum_kept(tasks, key, random_drop(tasks, key, density, seed), scaled)

@@ -41,7 +41,8 @@ class Election:
 
     def merge(self, values: Sequence[Tensor], signs: Tensor) -> Tensor:
         """Combines, entry by entry, only the values that have the elected sign, -1 or 1; float64."""
-        agreeing = (torch.relu(value * signs.to(value.dtype)) for value in values)
+        elected = signs.to(values[0].dtype)
+        agreeing = (torch.relu(value * elected) for value in values)
         if self.merge_func == "max":
             return self._largest(agreeing, signs).mul_(self.factor)
         total, divisor = torch.zeros_like(signs), torch.zeros_like(signs)

@@ -15,8 +15,8 @@ Numbers = NDArray[Any]
 Pass = Callable[[], Iterable[Sequence[Numbers]]]
 
 _DIGIT_BITS = 16
-# Up to here sorting beats another bracket.
-_FEW = 1 << 12
+# Up to here partitioning beats another bracket.
+FEW = 1 << 12
 # Standard errors around a sampled quantile: four miss once in some ten thousand rankings.
 _MARGIN = 4.0
 
@@ -37,7 +37,7 @@ class Rank(NamedTuple):
 
 def sample_step(total: int) -> int:
     """
-    Distance between the samples of `total` numbers, the cube root.
+    Distance between the samples of `total` numbers: about the cube root.
 
     The sample and the entries gathered around the quantile then both have about `total ** (2 / 3)` numbers. The step
     is odd, so that it does not meet the same few columns of a matrix again and again.
@@ -134,7 +134,7 @@ class _Bracket:
 
 
 def _kth_in_memory(numbers: Numbers, k: int) -> Rank:
-    if numbers.size > _FEW:
+    if numbers.size > FEW:
         sample = numbers[:: sample_step(numbers.size)]
         return kth_largest([sample], lambda: [[numbers]], numbers.size, [k])[0]
     value = np.partition(numbers, numbers.size - k)[numbers.size - k]

@@ -11,8 +11,12 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from .chunks import Drop, spans
-from .selection import Numbers, Rank, kth_largest, sample_step
+from .selection import FEW, Numbers, Rank, kth_largest, sample_step
 from .tensors import Task
+
+
+# From T pieces at the same places, one array of numbers per ranking.
+Scores = Callable[[list[Tensor]], list[Numbers]]
 
 
 class Cut(NamedTuple):
@@ -86,9 +90,7 @@ def find_cuts(task: Task, keys: Sequence[str], counts: Sequence[int]) -> list[Cu
     ]
 
 
-def rank_entries(
-    tasks: Sequence[Task], keys: Sequence[str], scores: Callable[[list[Tensor]], list[Numbers]], ks: Sequence[int]
-) -> list[Rank]:
+def rank_entries(tasks: Sequence[Task], keys: Sequence[str], scores: Scores, ks: Sequence[int]) -> list[Rank]:
     """
     Exact k-th largest scores over all entries of some tensors.
 
@@ -98,7 +100,7 @@ def rank_entries(
         keys (`Sequence[str]`):
             Sorted names of the tensors, none of them empty.
         scores (`Callable`):
-            From T pieces at the same places, one array of scores per ranking, all of one floating type.
+            From T pieces at the same places, one array of scores per ranking, each always of one floating type.
         ks (`Sequence[int]`):
             One rank per ranking, from 1 to the number of entries; the tensors are not read if there are none.
 
@@ -107,19 +109,27 @@ def rank_entries(
     """
     if not ks:
         return []
-    numels = [tasks[0].shape(key).numel() for key in keys]
-    # Every so many entries of the tensors one after the other, so that each entry counts the same.
-    step, start, samples = sample_step(sum(numels)), 0, []
-    for key, numel in zip(keys, numels, strict=True):
-        if start < numel:
-            samples.append(scores([task.strided(key, start, step) for task in tasks]))
-        start = (start - numel) % step
+    total = sum(tasks[0].shape(key).numel() for key in keys)
 
     def numbers() -> Iterator[Sequence[Numbers]]:
         for key, start, stop in _places(tasks[0], keys):
             yield scores([task.chunk(key, start, stop) for task in tasks])
 
-    return kth_largest([np.concatenate(each) for each in zip(*samples, strict=True)], numbers, sum(numels), ks)
+    if total <= FEW:
+        gathered = list(numbers())
+        return kth_largest([piece[:0] for piece in gathered[0]], lambda: gathered, total, ks)
+    return kth_largest(_samples(tasks, keys, scores, sample_step(total)), numbers, total, ks)
+
+
+def _samples(tasks: Sequence[Task], keys: Sequence[str], scores: Scores, step: int) -> list[Numbers]:
+    """Every so many scores of the tensors one after the other, so that each entry counts the same."""
+    start, samples = 0, []
+    for key in keys:
+        numel = tasks[0].shape(key).numel()
+        if start < numel:
+            samples.append(scores([task.strided(key, start, step) for task in tasks]))
+        start = (start - numel) % step
+    return [np.concatenate(each) for each in zip(*samples, strict=True)]
 
 
 def _cut(task: Task, keys: Sequence[str], rank: Rank, dtype: np.dtype[Any]) -> Cut:
