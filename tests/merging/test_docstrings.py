@@ -11,6 +11,7 @@ from hf_atm.merging import registry
 
 
 MODULES = (
+    "adapters.merge",
     "breadcrumbs",
     "buffers",
     "chunks",

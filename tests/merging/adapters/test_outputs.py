@@ -110,6 +110,16 @@ def test_residual_and_adapter_are_exact_together(architecture, method, tmp_path)
     assert all(merged.deltas[name].abs().max() > 1e-3 for name in merged.deltas)
 
 
+def test_a_residual_also_holds_what_rounding_took_from_the_factors():
+    base = base_model("toy")
+    model = toy_adapters(1, base)[0]
+    merged = merge_adapters([pair(model)] * 2, output="residual", dtype=torch.bfloat16)
+    a, b = (merged.factors[f"base_model.model.first.lora_{name}.weight"].double() for name in "AB")
+    update = true_update(base, model)["first.weight"]
+    assert (b @ a - update).abs().max() > 1e-3
+    assert (b @ a + merged.deltas["first.weight"].double() - update).abs().max() <= 2e-5
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 def test_a_delta_folds_into_models_and_state_dicts(architecture):
     base, targets = base_model(architecture), MODELS[architecture][1]
@@ -246,6 +256,23 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         merged.save_pretrained(tmp_path / "merged")
     assert os.listdir(tmp_path) == ["merged"]
     assert (tmp_path / "merged" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch):
+    merged = merge_adapters([pair(model) for model in toy_adapters(2)])
+    merged.save_pretrained(tmp_path / "merged")
+    os.rename(tmp_path / "merged", tmp_path / ".merged.old")
+    from hf_atm.merging.adapters import folder
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "save_file", full_disk)
+        with pytest.raises(OSError):
+            merged.save_pretrained(tmp_path / "merged")
+    assert os.listdir(tmp_path) == ["merged"]
+    assert (tmp_path / "merged" / "adapter_model.safetensors").is_file()
 
 
 SCRIPT = """

@@ -103,10 +103,14 @@ def test_variants_are_refused_by_name(config, message, tmp_path):
 
 @pytest.mark.parametrize("option", ["kasa_config", "velora_config", "arrow_config", "target_parameters"])
 def test_options_in_the_file_are_refused_by_name(option, folder):
-    edit_config(folder, **{option: ["x"] if option == "target_parameters" else {}})
-    if option != "target_parameters":
-        edit_config(folder, **{option: {"enabled": True}})
-    with pytest.raises((ValueError, TypeError), match=option):
+    edit_config(folder, **{option: {"some": "setting"}})
+    with pytest.raises(ValueError, match=f"uses {option}, which has no exact low-rank update"):
+        merge_adapters([folder])
+
+
+def test_a_configuration_that_peft_refuses(folder):
+    edit_config(folder, task_type="GUESSING")
+    with pytest.raises(ValueError, match="no valid LoraConfig .*GUESSING"):
         merge_adapters([folder])
 
 

@@ -82,6 +82,9 @@ def _replaced(folder: Path) -> Iterator[Path]:
     """A folder beside the final one, renamed to it when the block ends well and removed when it does not."""
     folder = folder.absolute()
     beside, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        # A process was killed between the two renames below.
+        os.rename(old, folder)
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)

@@ -38,6 +38,7 @@ def read_config(path: Path, label: str) -> LoraConfig:
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
         kind = content.get("peft_type") if isinstance(content, dict) else None
         raise ValueError(_no_lora(label, kind))
+    _refuse_options(content, label)
     known = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
     unknown = sorted(key for key, value in content.items() if key not in known and key != "runtime_config" and value)
     if unknown:
@@ -45,7 +46,12 @@ def read_config(path: Path, label: str) -> LoraConfig:
             f"The adapter {label!r} sets {listed(unknown)}, which the installed PEFT does not know and which may change "
             "what its factors mean; upgrade PEFT."
         )
-    return LoraConfig(**{key: value for key, value in content.items() if key in known})
+    try:
+        return LoraConfig(**{key: value for key, value in content.items() if key in known})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path.name} of {label!r} is no valid LoraConfig ({error}); save the adapter again."
+        ) from error
 
 
 def check_config(config: Any, label: str) -> None:
@@ -58,18 +64,22 @@ def check_config(config: Any, label: str) -> None:
     # Subclasses (AdaLoRA, ...) mean their factors differently.
     if type(config) is not LoraConfig:
         raise ValueError(_no_lora(label, getattr(config, "peft_type", None) or type(config).__name__))
-    used = [option for option in INEXACT_OPTIONS if getattr(config, option, None)]
-    if used:
-        raise ValueError(
-            f"The adapter {label!r} uses {', '.join(used)}, which has no exact low-rank update; fold it into its base "
-            "model and merge the whole models with merge_state_dicts."
-        )
+    _refuse_options(vars(config), label)
     start = str(config.init_lora_weights).lower()
     if start.startswith(_MOVES_BASE):
         raise ValueError(
             f"The adapter {label!r} was initialised by {start!r}, which moved the base weights too; save it with "
             "path_initial_model_for_weight_conversion, or set init_lora_weights=true in its configuration if its base "
             "model was saved with the moved weights."
+        )
+
+
+def _refuse_options(options: Mapping[str, Any], label: str) -> None:
+    used = [option for option in INEXACT_OPTIONS if options.get(option)]
+    if used:
+        raise ValueError(
+            f"The adapter {label!r} uses {', '.join(used)}, which has no exact low-rank update; fold it into its base "
+            "model and merge the whole models with merge_state_dicts."
         )
 
 
