@@ -62,8 +62,8 @@ def _find_gram(
     for key in keys:
         rows, columns = task.shape(key)[0], task.shape(key)[1:].numel()
         # The matrix itself tells the input side, unless the weight is square.
-        side = len(opened[0][key])
-        is_flipped = key in layout if rows == columns else side == rows
+        side = opened[0][key].shape[:1]
+        is_flipped = key in layout if rows == columns else side == (rows,)
         if is_flipped:
             flipped.append(key)
         _check_shapes(key, opened, names, (rows, rows) if is_flipped else (columns, columns))
