@@ -35,18 +35,17 @@ def merge(recipe: str, output: str, options: Any, quiet: bool = False) -> int:
         progress=not quiet,
     )
     if not quiet and os.environ.get("RANK", "0") == "0":
-        print(describe(result))
+        adapters = not hasattr(result, "nbytes")
+        print(describe_adapters(result, output, options.dry_run) if adapters else describe(result))
     return 0
 
 
 def describe(result: Any) -> str:
-    """A finished or planned merge in a few lines.
+    """A finished or planned merge of checkpoints in a few lines.
 
     Args:
-        result ([`CheckpointMerge`] or [`AdapterMerge`]): What the merge returned.
+        result ([`CheckpointMerge`]): What the merge returned.
     """
-    if not hasattr(result, "nbytes"):
-        return str(result)
     types = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sorted(result.dtypes.items()))
     lines = [
         f"{result.method}: {', '.join(result.models)}",
@@ -65,6 +64,25 @@ def describe(result: Any) -> str:
         resumed = "continued and " if result.resumed else ""
         lines.append(f"{resumed}written to {result.output_dir}: {', '.join(result.files)}, {size(result.nbytes)}")
     return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])
+
+
+def describe_adapters(result: Any, output: str, dry_run: bool) -> str:
+    """A merge of adapters in a few lines.
+
+    Args:
+        result ([`AdapterMerge`]): What the merge returned.
+        output (`str`): The folder.
+        dry_run (`bool`): Whether it was only tried.
+    """
+    report = result.report
+    ranks = sorted(module["rank"] for module in report["modules"].values())
+    lines = [
+        f"{report['method']}: {', '.join(entry['name'] for entry in report['inputs'])}",
+        f"{len(ranks)} modules, ranks {ranks[0]} to {ranks[-1]}, lost energy {report['lost_energy']:.2%}",
+        *(f"{name}: {fate}" for name, fate in sorted(report["saved"].items())),
+        "nothing was written" if dry_run else f"written to {output}",
+    ]
+    return "\n".join(lines)
 
 
 def size(nbytes: float) -> str:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints.merge import CheckpointMerge, merge_checkpoints, push
 from .checkpoints.reader import is_adapter, resolve_model
-from .checkpoints.recipe import MergeRecipe, read_recipe
+from .checkpoints.recipe import DTYPES, MergeRecipe, read_recipe
+from .checkpoints.staging import check_output
 
 
 if TYPE_CHECKING:
     from .adapters import AdapterMerge
+
+_OF_CHECKPOINTS = ("exclude", "task_specific_modules", "postprocess", "copy_code")
 
 
 def merge_recipe(
@@ -25,7 +29,8 @@ def merge_recipe(
         recipe: as in [`merge_checkpoints`]. For adapters, its key `adapters` holds keywords of [`merge_adapters`], such as
             `{output: svd, svd_rank: 16}`.
         output_dir (`str`): folder for the result.
-        **options: as in [`merge_checkpoints`]; adapters know `dry_run`, `push_to_hub` and `private`.
+        **options: as in [`merge_checkpoints`]; adapters know `dry_run`, `overwrite`, `push_to_hub` and
+            `private`.
 
     Returns:
         [`CheckpointMerge`] or [`AdapterMerge`]
@@ -49,13 +54,19 @@ def merge_recipe(
 
 
 def _merge_adapters(
-    recipe: MergeRecipe, folders: list[Any], output_dir: str | os.PathLike, options: Mapping[str, Any]
+    recipe: MergeRecipe, folders: list[Path], output_dir: str | os.PathLike, options: Mapping[str, Any]
 ) -> AdapterMerge:
     from .adapters import merge_adapter_folders, merge_adapters
 
+    foreign = [key for key in _OF_CHECKPOINTS if getattr(recipe, key)]
+    if foreign:
+        raise ValueError(f"Recipe key '{foreign[0]}' has no meaning for adapters; remove it.")
+    check_output(Path(output_dir), bool(options.get("overwrite")))
     names = [model.name for model in recipe.models]
     weights = [model.weight for model in recipe.models]
-    settings = {**recipe.parameters, **recipe.adapters, "names": names}
+    settings = {"names": names, **recipe.parameters, **recipe.adapters}
+    if recipe.out_dtype is not None:
+        settings["dtype"] = DTYPES[recipe.out_dtype]
     if options.get("dry_run"):
         return merge_adapters(folders, recipe.merge_method, weights, **settings)
     result = merge_adapter_folders(folders, output_dir, weights=weights, method=recipe.merge_method, **settings)
