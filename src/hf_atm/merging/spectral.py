@@ -3,95 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .linear import linear_coefficients
+from .decompositions import polar_factor, reshape_spectrum, thin_svd
+from .matrices import NON_MATRIX, TaskMatrices, merge_matrices
 from .registry import register_merge_method
-from .tensors import Task, canonical_tasks, result_dtype, sorted_keys, weighted_sum
+from .tensors import canonical_tasks
 
 
-# Rows of these tables are looked up or indexed, not multiplied: their singular vectors carry no meaning.
-NON_MATRIX = (
-    "*embed*",
-    "*lm_head*",
-    "*wte.*",
-    "*wpe.*",
-    "shared.weight",
-    "*.shared.weight",
-    "*position_bias*",
-    "*relative_attention_bias*",
-)
-
-# Below this ratio of singular values the Gram matrix starts to lose directions, although float64.
-_GRAM_RATIO = 1e-4
-
-
-def thin_svd(matrix: Tensor, max_rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    Leading singular triplets up to the numerical rank, from an eigendecomposition of the Gram matrix.
-
-    The Gram matrix of the short side is formed and diagonalised in float64, which is two to four times faster than an
-    SVD for rectangular matrices. Singular values are read off the projected columns, not off the eigenvalues, which
-    have lost half their digits. Where that is not accurate enough, or does not converge, an SVD is computed instead.
-
-    Args:
-        matrix (`Tensor`):
-            Shape `(m, n)`, floating point.
-        max_rank (`int`, *optional*):
-            At most this many triplets.
-
-    Returns:
-        `tuple[Tensor, Tensor, Tensor]`: U `(m, k)`, S `(k,)` descending, V `(n, k)`, float64. Singular values up to
-        `max(m, n) * eps_float32` times the largest count as zero; k is 0 for a zero matrix.
-    """
-    matrix = matrix.detach().to(torch.float64)
-    limit = min(matrix.shape) if max_rank is None else min(max_rank, *matrix.shape)
-    tolerance = max(matrix.shape) * torch.finfo(torch.float32).eps
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    if limit == 0 or not bool(matrix.any()):
-        return matrix.new_zeros(matrix.shape[0], 0), matrix.new_zeros(0), matrix.new_zeros(matrix.shape[1], 0)
-    try:
-        eigenvalues, vectors = torch.linalg.eigh(tall.T @ tall)
-    except torch.linalg.LinAlgError:
-        return _svd(matrix, limit, tolerance)
-    estimate = eigenvalues.flip(0).clamp(min=0).sqrt()
-    rank = min(limit, int((estimate > tolerance * estimate[0]).sum()))
-    if rank == 0 or float(estimate[rank - 1]) < _GRAM_RATIO * float(estimate[0]):
-        return _svd(matrix, limit, tolerance)
-    right = vectors.flip(1)[:, :rank]
-    left = tall @ right
-    values = left.norm(dim=0)
-    left = left / values
-    return (left, values, right) if tall is matrix else (right, values, left)
-
-
-def _svd(matrix: Tensor, limit: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        # The accelerator's solver may give up where LAPACK does not.
-        left, values, right = (part.to(matrix.device) for part in torch.linalg.svd(matrix.cpu(), full_matrices=False))
-    rank = min(limit, int((values > tolerance * values[0]).sum()))
-    return left[:, :rank], values[:rank], right[:rank].T
-
-
-def polar_factor(matrix: Tensor) -> Tensor:
-    """
-    Nearest matrix with orthonormal rows or columns: `P @ Q.T` for `matrix = P @ diag(s) @ Q.T`.
-
-    Args:
-        matrix (`Tensor`):
-            Shape `(m, n)`, floating point. Directions beyond the numerical rank are left out, so a rank-deficient
-            matrix gives a partial isometry, and a zero matrix gives zero.
-
-    Returns:
-        `Tensor`: shape `(m, n)`, float64.
-    """
-    left, _, right = thin_svd(matrix)
-    return left @ right.T
+# Stacked singular vectors are orthonormal to float64 within each task, so that weak directions of the stack count.
+_STACKED = 1e-7
 
 
 @register_merge_method("tsv_m", family="spectral", per_tensor=True)
@@ -131,19 +55,7 @@ def tsv_m(
 
     Cost: T + 2 decompositions of order r^3 per matrix; float64 workspace of about (m + n) r + m n entries.
     """
-    tasks = canonical_tasks(task_vectors, weights, names)
-    matrices, merged = _mean_of_others(tasks, non_matrix)
-    for key in matrices:
-        first = tasks[0].tensors[key]
-        if len(tasks) == 1:
-            merged[key] = weighted_sum([first], [tasks[0].weight])
-            continue
-        count = max(1, min(first.shape) // len(tasks))
-        parts = [thin_svd(task.tensors[key].detach().double() * task.weight, count) for task in tasks]
-        left, right = (polar_factor(torch.cat([part[side] for part in parts], dim=1)) for side in (0, 2))
-        values = torch.cat([part[1] for part in parts])
-        merged[key] = ((left * values) @ right.T).to(result_dtype(first.dtype))
-    return {key: merged[key] for key in sorted(merged)}
+    return merge_matrices(canonical_tasks(task_vectors, weights, names), _decorrelate, non_matrix)
 
 
 @register_merge_method("iso_c", family="spectral", per_tensor=True)
@@ -188,35 +100,27 @@ def iso_c(
 
     Cost: one decomposition of order min(m, n)^3 per matrix, in float64.
     """
-    tasks = canonical_tasks(task_vectors, weights, names)
-    matrices, merged = _mean_of_others(tasks, non_matrix)
-    for key in matrices:
-        dtype = result_dtype(tasks[0].tensors[key].dtype)
-        total = weighted_sum((task.tensors[key].detach().double() for task in tasks), [task.weight for task in tasks])
-        merged[key] = (total if a == 1 else _flatten_spectrum(total, rank_rule, a)).to(dtype)
-    return {key: merged[key] for key in sorted(merged)}
+    rule = partial(_flatten_spectrum, rank_rule=rank_rule, a=a)
+    return merge_matrices(canonical_tasks(task_vectors, weights, names), rule, non_matrix)
 
 
-def _flatten_spectrum(matrix: Tensor, rank_rule: str, a: float) -> Tensor:
-    left, values, right = thin_svd(matrix)
-    if values.numel() == 0:
-        return torch.zeros_like(matrix)
-    if rank_rule == "full" and values.numel() < min(matrix.shape):
-        left, values, right_t = torch.linalg.svd(matrix, full_matrices=False)
-        right = right_t.T
-    shape = values.pow(a)
-    return (left * (shape * (values.sum() / shape.sum()))) @ right.T
+def _decorrelate(matrices: TaskMatrices) -> Tensor:
+    dtype = matrices.dtype
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    parts = [thin_svd(matrix, max(1, min(matrix.shape) // len(matrices))) for matrix in matrices]
+    left, right = (polar_factor(torch.cat([part[side] for part in parts], dim=1), dtype, _STACKED) for side in (0, 2))
+    values = torch.cat([part[1] for part in parts]).to(dtype)
+    return (left * values) @ right.T
 
 
-def _mean_of_others(tasks: Sequence[Task], non_matrix: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
-    """Splits the keys: names of the matrices, and the merged mean of everything else."""
-    matrices: list[str] = []
-    others: list[str] = []
-    for key in sorted_keys(tasks):
-        # The decompositions commute with transposition, so transposed layouts (GPT-2's Conv1D) need no care.
-        is_matrix = tasks[0].tensors[key].ndim == 2 and not any(fnmatchcase(key, pattern) for pattern in non_matrix)
-        (matrices if is_matrix else others).append(key)
-    if not others:
-        return matrices, {}
-    coefficients = linear_coefficients("mean", [task.weight for task in tasks])
-    return matrices, {key: weighted_sum((task.tensors[key] for task in tasks), coefficients) for key in others}
+def _flatten_spectrum(matrices: TaskMatrices, rank_rule: str, a: float) -> Tensor:
+    matrix, dtype = matrices.total(), matrices.dtype
+    if a == 1:
+        return matrix.to(dtype)
+
+    def shape(values: Tensor) -> Tensor:
+        powers = values.pow(a)
+        return powers * (values.sum() / powers.sum())
+
+    return reshape_spectrum(matrix, shape, dtype, cutoff=0.0 if rank_rule == "full" else None)
