@@ -14,7 +14,7 @@ from hf_atm.merging import (
     registry,
 )
 
-from .testing_utils import METHODS
+from .testing_utils import METHODS, SPECIAL_METHODS
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def clean_registry(monkeypatch):
 
 
 def test_known_methods_and_families():
-    assert list_merge_methods() == sorted(METHODS)
+    assert list_merge_methods() == sorted([*METHODS, *SPECIAL_METHODS])
     families = {name: get_merge_method(name).family for name in METHODS}
     assert {name for name in METHODS if families[name] == "linear"} == {"mean", "linear", "task_arithmetic"}
     assert {name for name in METHODS if families[name] == "spectral"} == {"tsv_m", "iso_c"}

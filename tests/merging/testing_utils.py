@@ -24,7 +24,13 @@ METHODS = {
     "magmax": {},
     "tsv_m": {},
     "iso_c": {},
+    "model_stock": {},
+    "wudi": {},
+    "swudi": {},
 }
+
+# Methods that want two models, parameters or measurements; their own files test what the others share.
+SPECIAL_METHODS = ("adamerging", "fisher", "karcher", "regmean", "slerp")
 
 SHAPES = {
     "layer.weight": (12, 7),

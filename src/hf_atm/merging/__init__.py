@@ -1,15 +1,25 @@
-"""Model merging: the in-loop merge of ATM and merges of finished models. Needs torch only."""
+"""Model merging: the in-loop merge of ATM and merges of finished models. Needs torch only, adapters peft as well."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .adaptive import LearnedCoefficients, adamerging, learn_coefficients
 from .breadcrumbs import breadcrumbs, breadcrumbs_ties
 from .buffers import merge_buffers
 from .consensus import TallMasks, consensus, tall_masks
 from .dare import dare, dare_ties
 from .della import della, della_linear
+from .fisher_statistics import collect_fisher
+from .gram import solve_gram, swudi, wudi
+from .gram_statistics import collect_gram
+from .interpolation import karcher, model_stock, slerp
 from .linear import linear_coefficients, mean, task_arithmetic
 from .magmax import magmax
+from .measured import fisher, regmean
 from .pcb import pcb
+from .recalibration import recalibrate_batch_norm
 from .registry import (
     MergeMethod,
     check_merge_kwargs,
@@ -23,32 +33,74 @@ from .task_vectors import merge_task_vectors, norm_scale
 from .ties import ties
 
 
+if TYPE_CHECKING:
+    from .adapters import AdapterMerge, merge_adapter_folders, merge_adapters
+    from .checkpoints import CheckpointMerge, MergeRecipe, merge_checkpoints, read_recipe
+
 __all__ = [
+    "AdapterMerge",
+    "CheckpointMerge",
+    "LearnedCoefficients",
     "MergeMethod",
+    "MergeRecipe",
     "TallMasks",
+    "adamerging",
     "breadcrumbs",
     "breadcrumbs_ties",
     "check_merge_kwargs",
+    "collect_fisher",
+    "collect_gram",
     "consensus",
     "dare",
     "dare_ties",
     "della",
     "della_linear",
+    "fisher",
     "get_merge_method",
     "iso_c",
+    "karcher",
+    "learn_coefficients",
     "linear_coefficients",
     "list_merge_methods",
     "magmax",
     "mean",
+    "merge_adapter_folders",
+    "merge_adapters",
     "merge_buffers",
+    "merge_checkpoints",
     "merge_state_dicts",
     "merge_task_vectors",
+    "model_stock",
     "norm_scale",
     "pcb",
     "polar_factor",
+    "read_recipe",
+    "recalibrate_batch_norm",
     "register_merge_method",
+    "regmean",
+    "slerp",
+    "solve_gram",
+    "swudi",
     "tall_masks",
     "task_arithmetic",
     "ties",
     "tsv_m",
+    "wudi",
 ]
+
+# Imported on first use: what needs peft, or the files' own packages.
+_LAZY = {
+    "AdapterMerge": "adapters",
+    "CheckpointMerge": "checkpoints",
+    "MergeRecipe": "checkpoints",
+    "merge_adapter_folders": "adapters",
+    "merge_adapters": "adapters",
+    "merge_checkpoints": "checkpoints",
+    "read_recipe": "checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
