@@ -26,7 +26,7 @@ def test_known_methods_and_families():
     assert list_merge_methods() == sorted([*METHODS, *SPECIAL_METHODS])
     families = {name: get_merge_method(name).family for name in METHODS}
     assert {name for name in METHODS if families[name] == "linear"} == {"mean", "linear", "task_arithmetic"}
-    assert {name for name in METHODS if families[name] == "spectral"} == {"tsv_m", "iso_c"}
+    assert {name for name in METHODS if families[name] == "spectral"} == {"tsv_m", "iso_c", "iso_cts"}
     assert {name for name in METHODS if not get_merge_method(name).requires_base} == {"mean", "linear"}
 
 

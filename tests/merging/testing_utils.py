@@ -24,6 +24,7 @@ METHODS = {
     "magmax": {},
     "tsv_m": {},
     "iso_c": {},
+    "iso_cts": {},
     "model_stock": {},
     "wudi": {},
     "swudi": {},

@@ -10,6 +10,7 @@ from .breadcrumbs import breadcrumbs, breadcrumbs_ties
 from .buffers import merge_buffers
 from .consensus import TallMasks, consensus, tall_masks
 from .dare import dare, dare_ties
+from .decompositions import polar_factor
 from .della import della, della_linear
 from .fisher_statistics import collect_fisher
 from .gram import solve_gram, swudi, wudi
@@ -27,7 +28,7 @@ from .registry import (
     list_merge_methods,
     register_merge_method,
 )
-from .spectral import iso_c, polar_factor, tsv_m
+from .spectral import iso_c, iso_cts, tsv_m
 from .state_dict import merge_state_dicts
 from .task_vectors import merge_task_vectors, norm_scale
 from .ties import ties
@@ -58,6 +59,7 @@ __all__ = [
     "fisher",
     "get_merge_method",
     "iso_c",
+    "iso_cts",
     "karcher",
     "learn_coefficients",
     "linear_coefficients",

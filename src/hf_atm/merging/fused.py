@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 
 # What models call the three projections; the name must be a whole component, such as in `layers.0.self_attn.q_proj`.
@@ -22,7 +23,7 @@ _APART = (
 _TOGETHER = {"c_attn": 1, "qkv_proj": 0, "in_proj_weight": 0, "qkv": 0, "Wqkv": 0}
 
 
-def qkv_groups(keys: Sequence[str], fuse_qkv: bool | None = None) -> list[list[str]]:
+def qkv_groups(keys: Sequence[str], fuse_qkv: bool | None = None, **_: Any) -> list[list[str]]:
     """
     Tensors that are merged as one matrix.
 
@@ -31,6 +32,8 @@ def qkv_groups(keys: Sequence[str], fuse_qkv: bool | None = None) -> list[list[s
             Tensor names.
         fuse_qkv (`bool`, *optional*):
             `True` puts the weights of a block's query, key and value projections together, in this order.
+        **_:
+            Other keywords of a merge method, which change nothing.
 
     Returns:
         `list[list[str]]`: all names, sorted by the first of each group.

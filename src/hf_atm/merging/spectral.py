@@ -1,14 +1,17 @@
-"""Spectral merges of weight matrices: TSV-M and Iso-C."""
+"""Spectral merges of weight matrices: TSV-M, Iso-C and Iso-CTS."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .decompositions import polar_factor, reshape_spectrum, thin_svd
+from .decompositions import Triplets, polar_factor, rank_cutoff, reshape_spectrum, thin_svd
+from .fused import qkv_groups
+from .layout import transposed_keys
 from .matrices import NON_MATRIX, TaskMatrices, merge_matrices
 from .registry import register_merge_method
 from .tensors import canonical_tasks
@@ -18,13 +21,15 @@ from .tensors import canonical_tasks
 _STACKED = 1e-7
 
 
-@register_merge_method("tsv_m", family="spectral", per_tensor=True)
+@register_merge_method("tsv_m", family="spectral", per_tensor=True, group=qkv_groups)
 def tsv_m(
     task_vectors: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
     names: Sequence[str],
     *,
     non_matrix: Sequence[str] = NON_MATRIX,
+    fuse_qkv: bool | None = None,
+    flatten_conv: bool = False,
 ) -> dict[str, Tensor]:
     """
     TSV-M: decorrelated leading singular vectors of all tasks (https://huggingface.co/papers/2412.00081).
@@ -45,6 +50,12 @@ def tsv_m(
         non_matrix (`Sequence[str]`, *optional*):
             Name patterns of 2-D tensors that take the mean, as all tensors that are not 2-D do. Defaults to
             embeddings, language-model heads and position biases.
+        fuse_qkv (`bool`, *optional*):
+            Queries, keys and values as stored (`None`), separate ones stacked and merged as one matrix (`True`), or
+            fused ones merged apart (`False`); these are different merges, each of them valid. See [`qkv_groups`] and
+            [`split_dimension`] for what is recognised.
+        flatten_conv (`bool`, *optional*, defaults to `False`):
+            Whether 4-D kernels are merged as matrices `(out, in * height * width)` instead of taking the mean.
 
     Returns:
         `dict[str, Tensor]`: merged tensors, float32 (float64 for float64 inputs). Scale: matrices like a *sum* (about
@@ -55,10 +66,12 @@ def tsv_m(
 
     Cost: T + 2 decompositions of order r^3 per matrix; float64 workspace of about (m + n) r + m n entries.
     """
-    return merge_matrices(canonical_tasks(task_vectors, weights, names), _decorrelate, non_matrix)
+    return merge_matrices(
+        canonical_tasks(task_vectors, weights, names), _decorrelate, non_matrix, fuse_qkv, flatten_conv
+    )
 
 
-@register_merge_method("iso_c", family="spectral", per_tensor=True)
+@register_merge_method("iso_c", family="spectral", per_tensor=True, group=qkv_groups)
 def iso_c(
     task_vectors: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
@@ -67,6 +80,8 @@ def iso_c(
     rank_rule: str = "numerical",
     a: float = 0.0,
     non_matrix: Sequence[str] = NON_MATRIX,
+    fuse_qkv: bool | None = None,
+    flatten_conv: bool = False,
 ) -> dict[str, Tensor]:
     """
     Iso-C: the sum of the task matrices with a flat spectrum (https://huggingface.co/papers/2502.04959).
@@ -90,6 +105,12 @@ def iso_c(
         non_matrix (`Sequence[str]`, *optional*):
             Name patterns of 2-D tensors that take the mean, as all tensors that are not 2-D do. Defaults to
             embeddings, language-model heads and position biases.
+        fuse_qkv (`bool`, *optional*):
+            Queries, keys and values as stored (`None`), separate ones stacked and merged as one matrix (`True`), or
+            fused ones merged apart (`False`); these are different merges, each of them valid. See [`qkv_groups`] and
+            [`split_dimension`] for what is recognised.
+        flatten_conv (`bool`, *optional*, defaults to `False`):
+            Whether 4-D kernels are merged as matrices `(out, in * height * width)` instead of taking the mean.
 
     Returns:
         `dict[str, Tensor]`: merged tensors, float32 (float64 for float64 inputs). Scale: matrices like a *sum* (about
@@ -101,17 +122,109 @@ def iso_c(
     Cost: one decomposition of order min(m, n)^3 per matrix, in float64.
     """
     rule = partial(_flatten_spectrum, rank_rule=rank_rule, a=a)
-    return merge_matrices(canonical_tasks(task_vectors, weights, names), rule, non_matrix)
+    return merge_matrices(canonical_tasks(task_vectors, weights, names), rule, non_matrix, fuse_qkv, flatten_conv)
+
+
+def _find_transposed(
+    task_vectors: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    names: Sequence[str],
+    *,
+    transposed: Sequence[str] | None = None,
+    **_: Any,
+) -> frozenset[str]:
+    task = canonical_tasks(task_vectors, weights, names)[0]
+    return transposed_keys({key: task.shape(key) for key in task.tensors}, transposed)
+
+
+@register_merge_method("iso_cts", family="spectral", per_tensor=True, group=qkv_groups, prepare=_find_transposed)
+def iso_cts(
+    task_vectors: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    names: Sequence[str],
+    *,
+    common_space_fraction: float = 0.8,
+    non_matrix: Sequence[str] = NON_MATRIX,
+    fuse_qkv: bool | None = None,
+    flatten_conv: bool = False,
+    transposed: Sequence[str] | None = None,
+    context: frozenset[str] | None = None,
+) -> dict[str, Tensor]:
+    """
+    Iso-CTS: common and task-specific directions with a flat spectrum (https://huggingface.co/papers/2502.04959).
+
+    With r = min(m, n) and f the fraction, each task adds `k = round((r - floor(f r)) / T)` directions of its own. The
+    sum `M = sum_t w_t Delta_t` gives its `r - T k` leading triplets (U_c, S_c, V_c), and each task the k leading ones
+    of `(I - U_c U_c.T) w_t Delta_t`. The stacked left and right vectors are replaced by their polar factors, all
+    singular values by their mean. Deviation: only directions within the numerical rank of M and of each task take
+    part, since null vectors are arbitrary; k never exceeds `r / T`. A single task gives [`iso_c`].
+
+    Args:
+        task_vectors (`Sequence[Mapping[str, Tensor]]`):
+            T mappings with the same keys and shapes, floating point.
+        weights (`Sequence[float]`):
+            T factors on the matrices; not normalised. A task of weight zero takes no part and leaves its directions to
+            the others.
+        names (`Sequence[str]`):
+            T different task names; they fix the order of summation and stacking.
+        common_space_fraction (`float`, *optional*, defaults to 0.8):
+            Share of the directions taken from the sum, in [0, 1].
+        non_matrix (`Sequence[str]`, *optional*):
+            Name patterns of 2-D tensors that take the mean, as all tensors that are not 2-D do. Defaults to
+            embeddings, language-model heads and position biases.
+        fuse_qkv (`bool`, *optional*):
+            Queries, keys and values as stored (`None`), stacked (`True`) or apart (`False`), see [`iso_c`].
+        flatten_conv (`bool`, *optional*, defaults to `False`):
+            Whether 4-D kernels are merged as matrices `(out, in * height * width)` instead of taking the mean.
+        transposed (`Sequence[str]`, *optional*):
+            Name patterns of the matrices stored `(in, out)`, as GPT-2's Conv1D: the projection acts on outputs. By
+            default they are recognised by the shapes of their biases.
+
+    Returns:
+        `dict[str, Tensor]`: merged tensors, float32 (float64 for float64 inputs). Scale: matrices like a *sum* (about
+        T times the mean's), other tensors like a mean; inside ATM use an outer step between 1/T and 1.
+
+    Raises:
+        `ValueError`: if the weights sum to zero and some tensor takes the mean.
+
+    Cost: T + 3 decompositions of order r^3 per matrix; float64 workspace of about (m + n) r + m n entries.
+    """
+    flipped = _find_transposed(task_vectors, weights, names, transposed=transposed) if context is None else context
+    rule = partial(_join_spaces, common_space_fraction=common_space_fraction, flipped=flipped)
+    return merge_matrices(canonical_tasks(task_vectors, weights, names), rule, non_matrix, fuse_qkv, flatten_conv)
 
 
 def _decorrelate(matrices: TaskMatrices) -> Tensor:
-    dtype = matrices.dtype
     if len(matrices) == 1:
-        return matrices[0].to(dtype)
+        return matrices[0].to(matrices.dtype)
     parts = [thin_svd(matrix, max(1, min(matrix.shape) // len(matrices))) for matrix in matrices]
+    left, right = _polar_sides(parts, matrices.dtype)
+    return (left * torch.cat([part[1] for part in parts]).to(matrices.dtype)) @ right.T
+
+
+def _join_spaces(matrices: TaskMatrices, common_space_fraction: float, flipped: frozenset[str]) -> Tensor:
+    is_flipped = matrices.parts[0].key in flipped
+    total = matrices.total()
+    total = total.T if is_flipped else total
+    rank, count = min(total.shape), len(matrices)
+    specific = min(round((rank - int(common_space_fraction * rank)) / count), rank // count)
+    common = thin_svd(total, rank - specific * count)
+    parts = [common]
+    for matrix in matrices:
+        matrix = matrix.T if is_flipped else matrix
+        left, values, right = thin_svd(matrix - common[0] @ (common[0].T @ matrix), specific)
+        # What is left of a task inside the common space is rounding, although it has a rank of its own.
+        kept = values > rank_cutoff(matrix) * torch.linalg.vector_norm(matrix) / rank**0.5
+        parts.append((left[:, kept], values[kept], right[:, kept]))
+    values = torch.cat([part[1] for part in parts])
+    left, right = _polar_sides(parts, matrices.dtype)
+    merged = (left * (values.sum() / max(1, values.numel())).to(matrices.dtype)) @ right.T
+    return merged.T if is_flipped else merged
+
+
+def _polar_sides(parts: Sequence[Triplets], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     left, right = (polar_factor(torch.cat([part[side] for part in parts], dim=1), dtype, _STACKED) for side in (0, 2))
-    values = torch.cat([part[1] for part in parts]).to(dtype)
-    return (left * values) @ right.T
+    return left, right
 
 
 def _flatten_spectrum(matrices: TaskMatrices, rank_rule: str, a: float) -> Tensor:
