@@ -209,8 +209,6 @@ def test_keywords_refer_to_the_order_given():
 )
 def test_what_only_whole_weights_have(method, kwargs, message):
     adapters = [pair(model) for model in toy_adapters(2)]
-    if method == "tsv_m" and "fuse_qkv" not in registry.get_merge_method(method).parameters:
-        pytest.skip("not there yet")
     with pytest.raises(ValueError, match=message):
         merge_adapters(adapters, method, **kwargs)
 

@@ -104,8 +104,8 @@ class LowRank:
         """
         outer, rows = torch.linalg.qr(self.left)
         inner, columns = torch.linalg.qr(self.right.T)
-        left, values, right = torch.linalg.svd(rows @ columns.T, full_matrices=False)
-        return _cut(outer @ left, values, inner @ right.T, rank)
+        small, values = Dense(rows @ columns.T).cut(rank)
+        return lifted(outer, small, inner), values
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,9 @@ class Dense:
         return self if factor == 1.0 else Dense((self.matrix.double() * factor).to(self.matrix.dtype))
 
     def cut(self, rank: int | None = None) -> tuple[LowRank, Tensor]:
-        return _cut(*leading_triplets(self.matrix), rank)
+        left, values, right = leading_triplets(self.matrix)
+        kept = max(1, numerical_rank(values)) if rank is None else rank
+        return balanced(left[:, :kept], values[:kept], right[:, :kept]), values
 
 
 Update = LowRank | Dense
@@ -159,8 +161,8 @@ def balanced(left: Tensor, values: Tensor, right: Tensor) -> LowRank:
     return LowRank(left * root, root[:, None] * right.T)
 
 
-def _cut(left: Tensor, values: Tensor, right: Tensor, rank: int | None) -> tuple[LowRank, Tensor]:
-    kept = max(1, numerical_rank(values)) if rank is None else rank
-    signs = column_signs(left)
-    factors = balanced((left * signs)[:, :kept], values[:kept], (right * signs)[:, :kept])
-    return factors, values
+def lifted(left: Tensor, factors: LowRank, right: Tensor) -> LowRank:
+    """The matrix `left @ factors @ right.T` for orthonormal bases, the signs of its factors fixed again."""
+    outer = left @ factors.left
+    signs = column_signs(outer)
+    return LowRank(outer * signs, (signs[:, None] * factors.right) @ right.T)

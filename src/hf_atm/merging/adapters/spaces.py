@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factors import LowRank, balanced, column_signs, numerical_rank
+from .factors import Dense, LowRank, column_signs, lifted, numerical_rank
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,7 @@ class CoreSpace:
                 "The method puts energy outside the span of the updates, where core space has no directions; pass "
                 "space='full'."
             )
-        left, values, right = torch.linalg.svd(inside, full_matrices=False)
-        kept = max(1, numerical_rank(values))
-        outer = self.left @ left[:, :kept]
-        signs = column_signs(outer)
-        return balanced(outer * signs, values[:kept], self.right @ right[:kept].T * signs)
+        return lifted(self.left, Dense(inside).cut()[0], self.right)
 
 
 @dataclass(frozen=True)
@@ -92,9 +88,9 @@ def core_space(updates: Sequence[LowRank], pad: bool = False) -> CoreSpace:
     inner, columns = torch.linalg.qr(torch.cat([update.right for update in updates]).T)
     ranks = [update.rank for update in updates]
     small = [row @ column.T for row, column in zip(rows.split(ranks, 1), columns.split(ranks, 1), strict=True)]
-    left = _fixed(outer, _range(torch.cat(small, dim=1)))
-    right = _fixed(inner, _range(torch.cat([core.T for core in small], dim=1)))
-    cores = [(left.T @ outer) @ core @ (inner.T @ right) for core in small]
+    left, turned = _rotated(outer, _range(torch.cat(small, dim=1)))
+    right, mirrored = _rotated(inner, _range(torch.cat([core.T for core in small], dim=1)))
+    cores = [turned.T @ core @ mirrored for core in small]
     if pad:
         largest = max(numerical_rank(torch.linalg.svdvals(core)) for core in cores)
         m, n = updates[0].shape
@@ -126,9 +122,11 @@ def _range(matrix: Tensor) -> Tensor:
     return left[:, : numerical_rank(values)]
 
 
-def _fixed(basis: Tensor, rotation: Tensor) -> Tensor:
+def _rotated(basis: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotated basis and the rotation, the signs of both fixed."""
     rotated = basis @ rotation
-    return rotated * column_signs(rotated)
+    signs = column_signs(rotated)
+    return rotated * signs, rotation * signs
 
 
 def _padded(core: Tensor, rows: int, columns: int) -> Tensor:
