@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .geometry import Sketch, cosines, gram_matrix, squared_norm
 from .merging import get_merge_method, linear_coefficients, merge_buffers, merge_task_vectors, norm_scale
+from .merging.linear import is_linear
 from .outer import OuterOptimizer, clip_factors
 from .spaces import Space, TaskVector
 
@@ -91,7 +92,7 @@ class RoundState:
         self.merge_kwargs = dict(merge_kwargs)
         self.outer = outer
         self.max_norm = max_norm
-        self.linear = get_merge_method(method).family == "linear"
+        self.linear = is_linear(method)
         self.streaming = self.linear and not keep and not space.compact and max_norm != "mean"
         self.statistics = dict(statistics or {})
         self.method_kwargs = {key: value for key, value in merge_kwargs.items() if key != "scaling_coefficient"}

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_atm.merging import merge_checkpoints, merge_state_dicts
 from hf_atm.merging.checkpoints.staging import STATE_NAME
 
-from ..testing_utils import METHODS, assert_same
-from .testing_utils import load_checkpoint, write_checkpoint, write_models
+from ..testing_utils import METHODS, assert_same, random_vectors
+from .testing_utils import SHAPES, load_checkpoint, write_checkpoint, write_models
 
 
 def states(root, count=3):
@@ -28,13 +28,12 @@ def in_memory(root, method, count=3, **kwargs):
 @pytest.mark.parametrize("scale", [0.7, "norm"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_streaming_equals_memory_bit_by_bit(method, scale, tmp_path):
-    count = 2 if method == "slerp" else 3
-    recipe = write_models(tmp_path, count)
+    recipe = write_models(tmp_path)
     parameters = {**METHODS[method], "scaling_coefficient": scale}
     report = merge_checkpoints(
         {**recipe, "merge_method": method, "parameters": parameters}, tmp_path / "out", threads=2, progress=False
     )
-    expected = in_memory(tmp_path, method, count, scaling_coefficient=scale, **METHODS[method])
+    expected = in_memory(tmp_path, method, scaling_coefficient=scale, **METHODS[method])
     assert_same(load_checkpoint(tmp_path / "out"), expected)
     assert report.tensors == len(expected) and report.merged == len(expected) - 1 and report.copied == 1
     assert not (tmp_path / "out.incomplete").exists()
@@ -44,6 +43,56 @@ def test_streaming_equals_memory_bit_by_bit(method, scale, tmp_path):
         "merge_config.json",
         "model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_statistics_from_files(method, tmp_path):
+    recipe = {**write_models(tmp_path), "merge_method": method}
+    models, base = states(tmp_path)
+    statistics = []
+    for index, vector in enumerate(random_vectors(3, SHAPES, seed=5)):
+        held = {key: tensor.square() for key, tensor in vector.items()}
+        if method == "regmean":
+            held = {
+                key: t.flatten(1).T @ t.flatten(1) for key, t in vector.items() if key == "model.layers.0.mlp.weight"
+            }
+        statistics.append(held)
+        save_file({key: t.contiguous() for key, t in held.items()}, tmp_path / f"s{index}.safetensors")
+        recipe["models"][index]["statistics"] = str(tmp_path / f"s{index}.safetensors")
+    merge_checkpoints(recipe, tmp_path / "out", progress=False)
+    names = ["m0", "m1", "m2"]
+    assert_same(
+        load_checkpoint(tmp_path / "out"), merge_state_dicts(models, base, method, names=names, statistics=statistics)
+    )
+    recipe["models"][1]["statistics"] = str(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="none.safetensors.*no such file"):
+        merge_checkpoints(recipe, tmp_path / "other")
+    recipe["models"][1]["statistics"] = recipe["base_model"] + "/model.safetensors"
+    with pytest.raises(ValueError, match="Statistics of"):
+        merge_checkpoints(recipe, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other.incomplete").exists()
+
+
+def test_coefficients_from_a_file(tmp_path):
+    recipe = {**write_models(tmp_path), "merge_method": "adamerging"}
+    models, base = states(tmp_path)
+    coefficients = {key: [0.1, 0.2, 0.01 * index] for index, key in enumerate(SHAPES)}
+    (tmp_path / "learnt.json").write_text(json.dumps({"coefficients": coefficients, "history": []}))
+    recipe["parameters"] = {"coefficients": str(tmp_path / "learnt.json")}
+    merge_checkpoints(recipe, tmp_path / "out", progress=False)
+    expected = merge_state_dicts(models, base, "adamerging", names=["m0", "m1", "m2"], coefficients=coefficients)
+    assert_same(load_checkpoint(tmp_path / "out"), expected)
+    recipe["parameters"] = {"coefficients": "nowhere.json"}
+    with pytest.raises(ValueError, match="'nowhere.json' is no readable JSON"):
+        merge_checkpoints(recipe, tmp_path / "other")
+
+
+def test_slerp_from_the_base_to_a_model(tmp_path):
+    recipe = {**write_models(tmp_path, 1), "merge_method": "slerp", "parameters": {"t": 0.25}}
+    recipe["models"].append({"model": recipe["base_model"]})
+    merge_checkpoints(recipe, tmp_path / "out", progress=False)
+    (model,), base = states(tmp_path, 1)
+    assert_same(load_checkpoint(tmp_path / "out"), merge_state_dicts([base, model], method="slerp", t=0.25))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

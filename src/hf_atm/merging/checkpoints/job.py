@@ -144,7 +144,7 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
     names = [model.name for model in recipe.models]
     weights = [model.weight for model in recipe.models]
     if "statistics" in rule.parameters:
-        kwargs["statistics"] = [CheckpointReader(Path(str(model.statistics))) for model in recipe.models]
+        kwargs["statistics"] = [model.statistics for model in recipe.models]
     merger = Merger(
         plan,
         views[: len(readers)],

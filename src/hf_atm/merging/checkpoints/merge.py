@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ from .job import Job, check_disk, open_job
 from .processes import Processes
 from .recipe import DTYPES, MergeRecipe, read_recipe
 from .record import write_record
-from .run import Run, create_files
+from .run import Run, create_files, single_threaded
 from .side_files import copy_side_files, set_config_dtype
-from .staging import Journal, check_output, confirm_staging, open_staging, publish
+from .staging import Journal, check_output, confirm_staging, open_staging, publish, staging_folder
 from .verify import check_files, check_reload, same_structure
 
 
@@ -172,7 +173,10 @@ def push(folder: str | os.PathLike, repo_id: str, private: bool = True) -> str:
 def _carry_out(
     job: Job, output: Path, processes: Processes, workers: int, reload: bool | None, progress: bool
 ) -> tuple[bool, str]:
-    staging, resumed = output.with_name(f"{output.name}.incomplete"), False
+    # Whatever is wrong with what the method needs to know shows before anything is written.
+    with single_threaded(workers):
+        job.merger.prepare()
+    staging, resumed = staging_folder(output), False
     if processes.is_main:
         staging, resumed = open_staging(output, job.identity())
         if not resumed:
@@ -191,6 +195,9 @@ def _carry_out(
         run.close()
         bar.close()
         journal.close()
+    if isinstance(error, ValueError):
+        # Wrong inputs stay wrong; there is nothing to go on with.
+        shutil.rmtree(staging, ignore_errors=True)
     processes.agree(error)
     reloaded = ""
     if processes.is_main:

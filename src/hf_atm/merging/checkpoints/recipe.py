@@ -163,7 +163,7 @@ def _parse(content: Mapping[str, Any], folder: Path | None) -> MergeRecipe:
     if method == "slerp" and base is not None and base in [model.model for model in models]:
         # Where the base is one of the two ends, it is the one at t = 0.
         models, base = sorted(models, key=lambda model: model.model != base), None
-    values["parameters"] = _parameters(method, values.get("parameters"), densities, models)
+    values["parameters"] = _parameters(method, values.get("parameters"), densities, models, folder)
     source = values.get("tokenizer_source", "base")
     if source not in ("base", *(model.name for model in models), *(model.model for model in models)):
         raise ValueError(
@@ -213,7 +213,7 @@ def _models(
         raise ValueError("Recipe key 'models' lists nothing but the base model; add the models to merge.")
     names = _names([(location, entry.get("name")) for location, _, entry in found])
     models = [
-        RecipeModel(location, name, weight, entry.get("revision"), entry.get("statistics"))
+        RecipeModel(location, name, weight, entry.get("revision"), _statistics(entry, folder))
         for (location, weight, entry), name in zip(found, names, strict=True)
     ]
     check_weights([model.weight for model in models], len(models))
@@ -234,6 +234,15 @@ def _located(model: str, folder: Path | None) -> str:
     return model
 
 
+def _statistics(entry: Mapping[str, Any], folder: Path | None) -> str | None:
+    if entry.get("statistics") is None:
+        return None
+    path = _located(str(entry["statistics"]), folder)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Model {entry['model']!r} has statistics {path!r}, and there is no such file.")
+    return path
+
+
 def _dtype(content: Mapping[str, Any]) -> str | None:
     # `dtype` is the working type of other tools and, unless out_dtype is there, the type they write.
     for key in ("out_dtype", "dtype"):
@@ -247,7 +256,9 @@ def _choice(values: Mapping[str, Any], key: str, choices: Sequence[str]) -> None
         raise ValueError(f"Recipe has {key}={values[key]!r}; expected one of {', '.join(choices)}.")
 
 
-def _parameters(method: str, given: Any, densities: Sequence[float], models: Sequence[RecipeModel]) -> dict[str, Any]:
+def _parameters(
+    method: str, given: Any, densities: Sequence[float], models: Sequence[RecipeModel], folder: Path | None
+) -> dict[str, Any]:
     """The method's keywords under our names."""
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"Recipe key 'parameters' must be a mapping such as {{density: 0.2}}, got {given!r}.")
@@ -259,6 +270,8 @@ def _parameters(method: str, given: Any, densities: Sequence[float], models: Seq
         raise ValueError(f"The models have different densities {list(densities)}; give one under 'parameters'.")
     if densities:
         parameters.setdefault("density", densities[0])
+    if isinstance(parameters.get("coefficients"), str):
+        parameters["coefficients"] = _read_coefficients(_located(parameters["coefficients"], folder))
     if method in _ELECTING and "normalize" in parameters:
         parameters.setdefault("merge_func", "mean" if parameters.pop("normalize") else "sum")
     if "statistics" not in get_merge_method(method).parameters:
@@ -269,5 +282,14 @@ def _parameters(method: str, given: Any, densities: Sequence[float], models: Seq
                 f"Merge method '{method}' needs a file of statistics for model {model.model!r}; add statistics: "
                 "FILE.safetensors to its entry."
             )
-    checked = check_merge_kwargs(method, {**parameters, "statistics": [{} for _ in models]})
+    checked = check_merge_kwargs(method, {**parameters, "statistics": [model.statistics for model in models]})
     return {key: value for key, value in checked.items() if key != "statistics"}
+
+
+def _read_coefficients(path: str) -> Any:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"coefficients={path!r} is no readable JSON file ({error}).") from error
+    # What learn_coefficients returned may be saved whole.
+    return content.get("coefficients", content) if isinstance(content, Mapping) else content

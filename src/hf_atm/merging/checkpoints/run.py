@@ -50,8 +50,7 @@ class Run:
     def run(self) -> None:
         """Does this process's steps; waits for the others only where a factor depends on the whole model."""
         merger = self.job.merger
-        with _single_threaded(self.threads):
-            merger.prepare()
+        with single_threaded(self.threads):
             mine = [self.job.steps[index] for index in self._share()]
             if merger.needs_norms:
                 self._open_scratch()
@@ -220,7 +219,7 @@ def create_files(job: Job, staging: Path) -> None:
 
 
 @contextmanager
-def _single_threaded(workers: int) -> Iterator[None]:
+def single_threaded(workers: int) -> Iterator[None]:
     """Leaves the cores to the workers: linear algebra inside each runs on one thread."""
     before = torch.get_num_threads()
     if workers > 1:
