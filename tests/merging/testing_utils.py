@@ -30,8 +30,8 @@ METHODS = {
     "swudi": {},
 }
 
-# Methods that want two models, parameters or measurements; their own files test what the others share.
-SPECIAL_METHODS = ("adamerging", "fisher", "karcher", "regmean", "slerp")
+# Methods that want two models, a sequence, parameters or measurements; their own files test what the others share.
+SPECIAL_METHODS = ("adamerging", "fisher", "karcher", "opcm", "regmean", "slerp")
 
 SHAPES = {
     "layer.weight": (12, 7),

@@ -19,6 +19,7 @@ from .interpolation import karcher, model_stock, slerp
 from .linear import linear_coefficients, mean, task_arithmetic
 from .magmax import magmax
 from .measured import fisher, regmean
+from .opcm import opcm
 from .pcb import pcb
 from .recalibration import recalibrate_batch_norm
 from .registry import (
@@ -74,6 +75,7 @@ __all__ = [
     "merge_task_vectors",
     "model_stock",
     "norm_scale",
+    "opcm",
     "pcb",
     "polar_factor",
     "read_recipe",

@@ -23,7 +23,7 @@ _APART = (
 _TOGETHER = {"c_attn": 1, "qkv_proj": 0, "in_proj_weight": 0, "qkv": 0, "Wqkv": 0}
 
 
-def qkv_groups(keys: Sequence[str], fuse_qkv: bool | None = None, **_: Any) -> list[list[str]]:
+def qkv_groups(keys: Sequence[str], fuse_qkv: bool | None = None, **_kwargs: Any) -> list[list[str]]:
     """
     Tensors that are merged as one matrix.
 
@@ -32,7 +32,7 @@ def qkv_groups(keys: Sequence[str], fuse_qkv: bool | None = None, **_: Any) -> l
             Tensor names.
         fuse_qkv (`bool`, *optional*):
             `True` puts the weights of a block's query, key and value projections together, in this order.
-        **_:
+        **_kwargs:
             Other keywords of a merge method, which change nothing.
 
     Returns:

@@ -92,9 +92,10 @@ def merge_matrices(
     non_matrix: Sequence[str] = NON_MATRIX,
     fuse_qkv: bool | None = None,
     flatten_conv: bool = False,
+    others: str = "mean",
 ) -> dict[str, Tensor]:
     """
-    Applies a rule to the matrices of a model and takes the mean of everything else.
+    Applies a rule to the matrices of a model and takes the mean, or the sum, of everything else.
 
     Args:
         tasks (`Sequence[Task]`):
@@ -102,11 +103,13 @@ def merge_matrices(
         rule (`Callable`):
             Maps the [`TaskMatrices`] of one weight to a merged matrix of its `dtype`.
         non_matrix (`Sequence[str]`, *optional*):
-            Name patterns of tensors that take the mean in any case.
+            Name patterns of tensors that count among the others in any case.
         fuse_qkv (`bool`, *optional*):
             `True` stacks separate query, key and value weights of equal input dimension, `False` cuts fused ones.
         flatten_conv (`bool`, *optional*, defaults to `False`):
             Whether 4-D kernels count as matrices `(out, in * height * width)`.
+        others (`str`, *optional*, defaults to `"mean"`):
+            Linear method for everything else: `"mean"`, or `"task_arithmetic"` for the sum.
 
     Returns:
         `dict[str, Tensor]`: merged tensors, keys sorted, in the types of the tasks.
@@ -122,7 +125,7 @@ def merge_matrices(
             _scatter(rule(TaskMatrices(tasks, parts)), parts, shapes, merged)
         for key in group:
             if key not in merged:
-                coefficients = linear_coefficients("mean", [task.weight for task in tasks])
+                coefficients = linear_coefficients(others, [task.weight for task in tasks])
                 merged[key] = weighted_sum((task.tensor(key) for task in tasks), coefficients)
     return {key: merged[key] for key in sorted(merged)}
 

@@ -283,6 +283,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "clip_tails": ("a number in [0, 0.5)", lambda v: _number(v, lambda x: 0 <= x < 0.5)),
     "mask_threshold": ("a number of at least 0, or a list of such numbers, one per task", _is_thresholds),
     "k": ("an integer of at least 1", lambda v: _integer(v, minimum=1)),
+    "alpha": ("a number in [0, 1]", lambda v: _number(v, lambda x: 0 <= x <= 1)),
     "a": ("a number in [0, 1]", lambda v: _number(v, lambda x: 0 <= x <= 1)),
     "seed": ("an integer", _integer),
     "min_sparse_numel": ("an integer of at least 0", lambda v: _integer(v, minimum=0)),

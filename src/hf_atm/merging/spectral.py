@@ -131,7 +131,7 @@ def _find_transposed(
     names: Sequence[str],
     *,
     transposed: Sequence[str] | None = None,
-    **_: Any,
+    **_kwargs: Any,
 ) -> frozenset[str]:
     task = canonical_tasks(task_vectors, weights, names)[0]
     return transposed_keys({key: task.shape(key) for key in task.tensors}, transposed)
