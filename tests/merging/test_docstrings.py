@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 import hf_atm.merging as merging
-from hf_atm.merging import registry
+from hf_atm.merging import postprocess, registry
 
 
 MODULES = (
@@ -21,13 +21,17 @@ MODULES = (
     "della",
     "elections",
     "fisher_statistics",
+    "fused",
     "gram",
     "gram_statistics",
     "interpolation",
     "linear",
+    "lines",
     "magmax",
     "measured",
+    "opcm",
     "pcb",
+    "postprocess",
     "random_masks",
     "recalibration",
     "registry",
@@ -44,6 +48,7 @@ MODULES = (
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name, monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(postprocess, "_PROCESSORS", dict(postprocess._PROCESSORS))
     module = import_module(f"hf_atm.merging.{name}")
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
     for label, item in vars(module).items():
@@ -59,5 +64,5 @@ def test_public_names_are_sorted_and_documented():
     for name in merging.__all__:
         text = inspect.getdoc(getattr(merging, name)) or ""
         assert text, name
-        if inspect.isfunction(getattr(merging, name)) and name != "list_merge_methods":
+        if inspect.isfunction(getattr(merging, name)) and not name.startswith("list_"):
             assert "Args:" in text and "Returns:" in text, name

@@ -17,10 +17,12 @@ from .gram import solve_gram, swudi, wudi
 from .gram_statistics import collect_gram
 from .interpolation import karcher, model_stock, slerp
 from .linear import linear_coefficients, mean, task_arithmetic
+from .lines import lines
 from .magmax import magmax
 from .measured import fisher, regmean
 from .opcm import opcm
 from .pcb import pcb
+from .postprocess import check_post_processors, list_post_processors, register_post_processor
 from .recalibration import recalibrate_batch_norm
 from .registry import (
     MergeMethod,
@@ -31,6 +33,7 @@ from .registry import (
 )
 from .spectral import iso_c, iso_cts, tsv_m
 from .state_dict import merge_state_dicts
+from .svc import svc
 from .task_vectors import merge_task_vectors, norm_scale
 from .ties import ties
 
@@ -50,6 +53,7 @@ __all__ = [
     "breadcrumbs",
     "breadcrumbs_ties",
     "check_merge_kwargs",
+    "check_post_processors",
     "collect_fisher",
     "collect_gram",
     "consensus",
@@ -64,7 +68,9 @@ __all__ = [
     "karcher",
     "learn_coefficients",
     "linear_coefficients",
+    "lines",
     "list_merge_methods",
+    "list_post_processors",
     "magmax",
     "mean",
     "merge_adapter_folders",
@@ -81,9 +87,11 @@ __all__ = [
     "read_recipe",
     "recalibrate_batch_norm",
     "register_merge_method",
+    "register_post_processor",
     "regmean",
     "slerp",
     "solve_gram",
+    "svc",
     "swudi",
     "tall_masks",
     "task_arithmetic",

@@ -120,7 +120,7 @@ def merge_matrices(
     merged: dict[str, Tensor] = {}
     for group in qkv_groups(sorted_keys(tasks), fuse_qkv):
         shapes = {key: tasks[0].shape(key) for key in group}
-        matrices = [key for key in group if _is_matrix(key, len(shapes[key]), non_matrix, flatten_conv)]
+        matrices = [key for key in group if is_matrix(key, len(shapes[key]), non_matrix, flatten_conv)]
         for parts in _layout(matrices, shapes, fuse_qkv):
             _scatter(rule(TaskMatrices(tasks, parts)), parts, shapes, merged)
         for key in group:
@@ -130,9 +130,15 @@ def merge_matrices(
     return {key: merged[key] for key in sorted(merged)}
 
 
-def _is_matrix(key: str, dimensions: int, non_matrix: Sequence[str], flatten_conv: bool) -> bool:
+def is_matrix(key: str, dimensions: int, non_matrix: Sequence[str] = NON_MATRIX, flatten_conv: bool = False) -> bool:
+    """Whether a tensor of so many dimensions is multiplied as a matrix: neither a table nor a vector."""
     is_table = any(fnmatchcase(key, pattern) for pattern in non_matrix)
     return not is_table and (dimensions == 2 or (dimensions == 4 and flatten_conv))
+
+
+def whole(key: str, shape: Sequence[int]) -> Part:
+    """The part that is all of a tensor."""
+    return Part(key, 0, shape[0])
 
 
 def _layout(keys: Sequence[str], shapes: dict[str, torch.Size], fuse_qkv: bool | None) -> list[list[Part]]:
@@ -140,7 +146,7 @@ def _layout(keys: Sequence[str], shapes: dict[str, torch.Size], fuse_qkv: bool |
     if not keys:
         return []
     if len(keys) > 1 and len({shapes[key][1:] for key in keys}) == 1:
-        return [[Part(key, 0, shapes[key][0]) for key in keys]]
+        return [[whole(key, shapes[key]) for key in keys]]
     layout = []
     for key in keys:
         dim = split_dimension(key, shapes[key]) if fuse_qkv is False else None
