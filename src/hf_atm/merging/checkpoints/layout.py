@@ -86,13 +86,16 @@ def plan_layout(tensors: dict[str, Tensor], max_shard_size: int | str, name: str
     Raises:
         `ValueError`: for a size that cannot be read, or a type the format does not have.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
+    # Its sibling for torch tensors would import a third of torch to look at them.
+    from huggingface_hub import split_state_dict_into_shards_factory
 
     if isinstance(max_shard_size, str) and max_shard_size.isdigit():
         max_shard_size = int(max_shard_size)
     pattern = name.removesuffix(".safetensors") + "{suffix}.safetensors"
     try:
-        split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
+        split = split_state_dict_into_shards_factory(
+            tensors, get_storage_size=_nbytes, filename_pattern=pattern, max_shard_size=max_shard_size
+        )
     except ValueError as error:
         raise ValueError(f"max_shard_size={max_shard_size!r} is not a size such as '5GB': {error}.") from error
     headers: dict[str, bytes] = {}
