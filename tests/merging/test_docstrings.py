@@ -16,6 +16,7 @@ MODULES = (
     "breadcrumbs",
     "buffers",
     "chunks",
+    "compression",
     "consensus",
     "dare",
     "della",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .adaptive import LearnedCoefficients, adamerging, learn_coefficients
 from .breadcrumbs import breadcrumbs, breadcrumbs_ties
 from .buffers import merge_buffers
+from .compression import compress_task_vector, compression_error, decompress
 from .consensus import TallMasks, consensus, tall_masks
 from .dare import dare, dare_ties
 from .decompositions import polar_factor
@@ -56,9 +57,12 @@ __all__ = [
     "check_post_processors",
     "collect_fisher",
     "collect_gram",
+    "compress_task_vector",
+    "compression_error",
     "consensus",
     "dare",
     "dare_ties",
+    "decompress",
     "della",
     "della_linear",
     "fisher",
