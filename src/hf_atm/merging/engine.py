@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .linear import is_linear, linear_coefficients
 from .plan import MergePlan, State
+from .postprocess import apply_post_processors, prepare_post_processors
 from .registry import MergeMethod
 from .task_vectors import euclidean_norm, norm_scale
 from .tensors import LazyTensors, Task, all_finite, check_finite, listed
@@ -54,6 +55,7 @@ class ModelView(LazyTensors):
             keys,
             device,
         )
+        self._last: tuple[str, Tensor, Tensor | None] | None = None
 
     def only(self, keys: Sequence[str]) -> ModelView:
         """The same view of fewer tensors."""
@@ -67,24 +69,28 @@ class ModelView(LazyTensors):
         return self.plan.dtypes[key]
 
     def chunk(self, key: str, start: int, stop: int) -> Tensor:
-        piece = self._difference(key, lambda tensor: flat(tensor)[start:stop])
+        piece = self._part(key, slice(start, stop))
         check_finite(piece, key, self.name)
         return piece
 
     def strided(self, key: str, start: int, step: int) -> Tensor:
-        stop = self.shape(key).numel()
-        return self._difference(key, lambda tensor: flat(tensor)[start:stop:step])
+        return self._part(key, slice(start, self.shape(key).numel(), step))
 
     def __getitem__(self, key: str) -> Tensor:
-        rows = self.plan.rows.get(key)
-        piece = self._difference(key, lambda tensor: tensor.detach() if rows is None else tensor.detach()[:rows])
+        shape = self.shape(key)
+        piece = self._part(key, slice(0, shape.numel())).view(shape)
         check_finite(piece, key, self.name)
         return piece
 
-    def _difference(self, key: str, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        piece = cut(self.state[key])
-        piece = piece.to(self.device or piece.device, self.plan.dtypes[key])
-        return piece if self.origin is None else piece - cut(self.origin[key]).to(piece.device)
+    def _part(self, key: str, part: slice) -> Tensor:
+        last = self._last
+        if last is None or last[0] != key:
+            # Looking a tensor up in a file, or laying it out flat, takes longer than the arithmetic of a chunk.
+            last = key, flat(self.state[key]), None if self.origin is None else flat(self.origin[key])
+            self._last = last
+        _, own, origin = last
+        piece = own[part].to(self.device or own.device, self.plan.dtypes[key])
+        return piece if origin is None else piece - origin[part].to(piece.device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_)
@@ -144,8 +150,6 @@ class Merger:
         if not self.fused:
             self.context = self.rule.find_context(self.views, self.weights, self.names, self.kwargs)
         if self.postprocess:
-            from .postprocess import prepare_post_processors
-
             self.post_context = prepare_post_processors(
                 self.postprocess, self.plan.leaders, self.views, self.weights, self.names, self.rule.name
             )
@@ -160,8 +164,6 @@ class Merger:
         if self.on_parameters and self.origin is not None and (self.postprocess or self.scale != 1.0):
             merged = {key: merged[key].to(self.plan.dtypes[key]) - self._base(key, merged[key]) for key in part}
         if self.postprocess:
-            from .postprocess import apply_post_processors
-
             merged = apply_post_processors(
                 self.postprocess, merged, views, self.weights, self.names, self.post_context
             )
