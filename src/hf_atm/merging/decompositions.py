@@ -108,7 +108,7 @@ def reshape_spectrum(
     tall = (matrix if is_tall else matrix.T).to(torch.float64)
     strong, vectors, weak = _spectrum(tall, rank_cutoff(matrix) if cutoff is None else cutoff)
     reshaped = shape(torch.cat([strong, weak[1]]))
-    factors = (vectors * (reshaped[: len(strong)] / strong).sqrt()).to(dtype)
+    factors = vectors.to(dtype) * (reshaped[: len(strong)] / strong).sqrt().to(dtype)
     result = tall.to(dtype) @ gram_matrix(factors.T)
     result += (weak[0] * reshaped[len(strong) :]).to(dtype) @ weak[2].T.to(dtype)
     return result if is_tall else result.T

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .decompositions import Triplets, polar_factor, rank_cutoff, reshape_spectrum, thin_svd
 from .fused import qkv_groups
-from .layout import transposed_keys
+from .gram import find_layout
 from .matrices import NON_MATRIX, TaskMatrices, merge_matrices
 from .registry import register_merge_method
 from .tensors import canonical_tasks
@@ -125,19 +124,7 @@ def iso_c(
     return merge_matrices(canonical_tasks(task_vectors, weights, names), rule, non_matrix, fuse_qkv, flatten_conv)
 
 
-def _find_transposed(
-    task_vectors: Sequence[Mapping[str, Tensor]],
-    weights: Sequence[float],
-    names: Sequence[str],
-    *,
-    transposed: Sequence[str] | None = None,
-    **_kwargs: Any,
-) -> frozenset[str]:
-    task = canonical_tasks(task_vectors, weights, names)[0]
-    return transposed_keys({key: task.shape(key) for key in task.tensors}, transposed)
-
-
-@register_merge_method("iso_cts", family="spectral", per_tensor=True, group=qkv_groups, prepare=_find_transposed)
+@register_merge_method("iso_cts", family="spectral", per_tensor=True, group=qkv_groups, prepare=find_layout)
 def iso_cts(
     task_vectors: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
@@ -189,7 +176,7 @@ def iso_cts(
 
     Cost: T + 3 decompositions of order r^3 per matrix; float64 workspace of about (m + n) r + m n entries.
     """
-    flipped = _find_transposed(task_vectors, weights, names, transposed=transposed) if context is None else context
+    flipped = find_layout(task_vectors, weights, names, transposed=transposed) if context is None else context
     rule = partial(_join_spaces, common_space_fraction=common_space_fraction, flipped=flipped)
     return merge_matrices(canonical_tasks(task_vectors, weights, names), rule, non_matrix, fuse_qkv, flatten_conv)
 
