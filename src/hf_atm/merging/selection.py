@@ -111,7 +111,10 @@ class _Bracket:
 
     def add(self, piece: Numbers) -> None:
         above_low, from_high = piece > self.low, piece >= self.high
-        counts = count(piece > self.high), count(from_high), count(above_low), count(piece >= self.low)
+        low, high = count(above_low), count(from_high)
+        # Where many numbers are equal, both ends often are the same one.
+        same = self.low == self.high
+        counts = (low, high, low, high) if same else (count(piece > self.high), high, low, count(piece >= self.low))
         self.above_high += counts[0]
         self.from_high += counts[1]
         self.above_low += counts[2]
