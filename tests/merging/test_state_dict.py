@@ -13,6 +13,7 @@ from hf_atm.merging import (
     register_merge_method,
     registry,
 )
+from hf_atm.merging.postprocess import apply_post_processors, prepare_post_processors
 
 from .testing_utils import METHODS, assert_same, random_vectors
 
@@ -287,3 +288,43 @@ def test_inputs_are_unchanged_and_extra_state_is_kept():
     merged = merge_state_dicts(states)
     assert merged["_extra_state"] == {"version": 1} and merged["w"].tolist() == [0.5] * 3
     assert states[1]["w"].tolist() == [1.0] * 3 and list(states[0]) == ["w", "_extra_state"]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "mean", "karcher"])
+def test_post_processors_follow_the_method_and_precede_the_scale(method):
+    experts, base = random_vectors(3, seed=1), random_vectors(1, seed=2)[0]
+    names, specs = ["a", "b", "c"], ["svc", {"lines": {"alpha": 0.5, "beta": 0.25}}]
+    vectors = [{key: e[key].double() - base[key].double() for key in base} for e in experts]
+    if method == "karcher":
+        absolute = merge_state_dicts(experts, base, method, names=names)
+        merged = {key: absolute[key].double() - base[key].double() for key in base}
+    else:
+        merged = merge_task_vectors(vectors, method, names=names)
+    context = prepare_post_processors(specs, sorted(base), vectors, [1.0] * 3, names, method)
+    expected = apply_post_processors(specs, merged, vectors, [1.0] * 3, names, context)
+    result = merge_state_dicts(experts, base, method, names=names, scaling_coefficient=0.4, postprocess=specs)
+    for key in base:
+        torch.testing.assert_close(result[key].double(), base[key].double() + 0.4 * expected[key], rtol=0, atol=1e-6)
+    assert not torch.allclose(expected["layer.weight"], merged["layer.weight"].double())
+
+
+def test_wrong_post_processors_end_before_the_models_are_read():
+    with pytest.raises(KeyError, match="'svd'.*svc"):
+        merge_state_dicts([None], postprocess=["svd"])
+    with pytest.raises(ValueError, match=r"write \['svc'\]"):
+        merge_state_dicts([None], postprocess="svc")
+    with pytest.raises(ValueError, match="postprocess.*base"):
+        merge_state_dicts(random_vectors(2), postprocess=["svc"])
+
+
+def test_sequential_methods_follow_the_order_of_the_models():
+    experts, base = random_vectors(3, seed=1), random_vectors(1, seed=2)[0]
+    vectors = [{key: e[key].double() - base[key].double() for key in base} for e in experts]
+    merged = merge_state_dicts(experts, base, "opcm", names=["c", "a", "b"])
+    vector = merge_task_vectors(vectors, "opcm", names=["c", "a", "b"])
+    for key in base:
+        torch.testing.assert_close(merged[key].double(), base[key].double() + vector[key], rtol=0, atol=1e-6)
+    norms = [sum(float(t.square().sum()) for t in v.values()) ** 0.5 for v in (*vectors, vector)]
+    assert norms[-1] == pytest.approx(sum(norms[:-1]) / 3, rel=1e-6)
+    other = merge_state_dicts(experts[::-1], base, "opcm", names=["b", "a", "c"])
+    assert not torch.allclose(other["layer.weight"], merged["layer.weight"])

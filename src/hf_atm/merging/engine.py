@@ -132,10 +132,14 @@ class Merger:
         self.scale, self.postprocess, self.device = scale, list(postprocess), device
         # Angles between parameters and angles between task vectors differ; these methods mean the former.
         self.on_parameters = not rule.requires_base and (origin is None or rule.family == "geometric")
-        seen = None if self.on_parameters else origin
-        self.views = [
-            ModelView(name, state, seen, plan, plan.leaders, device)
+        self.task_vectors = [
+            ModelView(name, state, origin, plan, plan.leaders, device)
             for name, state in zip(self.names, models, strict=True)
+        ]
+        #: What the method is given.
+        self.views = [
+            ModelView(view.name, view.state, None, plan, plan.leaders, device) if self.on_parameters else view
+            for view in self.task_vectors
         ]
         self.parts = rule.partition(plan.leaders, self.kwargs)
         self.fused = is_linear(rule.name) and not self.postprocess
@@ -151,7 +155,7 @@ class Merger:
             self.context = self.rule.find_context(self.views, self.weights, self.names, self.kwargs)
         if self.postprocess:
             self.post_context = prepare_post_processors(
-                self.postprocess, self.plan.leaders, self.views, self.weights, self.names, self.rule.name
+                self.postprocess, self.plan.leaders, self.task_vectors, self.weights, self.names, self.rule.name
             )
 
     def vectors(self, part: Sequence[str]) -> dict[str, Tensor]:
@@ -164,8 +168,9 @@ class Merger:
         if self.on_parameters and self.origin is not None and (self.postprocess or self.scale != 1.0):
             merged = {key: merged[key].to(self.plan.dtypes[key]) - self._base(key, merged[key]) for key in part}
         if self.postprocess:
+            moves = [view.only(part) for view in self.task_vectors]
             merged = apply_post_processors(
-                self.postprocess, merged, views, self.weights, self.names, self.post_context
+                self.postprocess, merged, moves, self.weights, self.names, self.post_context
             )
         return {key: merged[key].to(self.plan.dtypes[key]) for key in part}
 
@@ -173,7 +178,7 @@ class Merger:
         """Squared norms per tensor: of every task vector of non-zero weight, then of the merged one."""
         tasks = [
             Task(name, weight, view)
-            for name, weight, view in zip(self.names, self.weights, self.views, strict=True)
+            for name, weight, view in zip(self.names, self.weights, self.task_vectors, strict=True)
             if weight != 0
         ]
         return {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .buffers import merge_buffers
 from .engine import Merger, merge_in_memory
 from .plan import VOCAB_POLICIES, MergePlan, State, plan_merge, with_tied_tables
+from .postprocess import check_post_processors
 from .registry import MergeMethod, get_merge_method
 from .task_vectors import resolve_scale
 from .tensors import check_finite, check_names, check_weights, content_names
@@ -105,6 +106,7 @@ def merge_state_dicts(
         raise ValueError(f"buffers={buffers!r} is unknown; choose 'pooled' or 'base'.")
     if vocab_policy not in VOCAB_POLICIES:
         raise ValueError(f"vocab_policy={vocab_policy!r} is unknown; choose {' or '.join(map(repr, VOCAB_POLICIES))}.")
+    check_post_processors(postprocess)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a list of name patterns; write exclude=[{exclude!r}].")
     models = [_as_dict(item) for item in state_dicts]
@@ -114,7 +116,7 @@ def merge_state_dicts(
     given = check_names(names, len(models)) if names is not None else None
     origin = _as_dict(base) if base is not None else None
     if origin is None:
-        check_base_free(rule, scale, buffers)
+        check_base_free(rule, scale, buffers, postprocess)
 
     inputs = models if origin is None else [*models, origin]
     complete_ties(inputs)
@@ -138,12 +140,14 @@ def merge_state_dicts(
     return _assemble(plan, models, merge_in_memory(merger), values, dtype)
 
 
-def check_base_free(rule: MergeMethod, scale: float | str, buffers: str) -> None:
+def check_base_free(rule: MergeMethod, scale: float | str, buffers: str, postprocess: Sequence[Any] = ()) -> None:
     """Raises `ValueError` where something asked for needs a base model, and there is none."""
     if rule.requires_base:
         raise ValueError(f"Merge method '{rule.name}' works on task vectors and needs a base model; pass base=...")
     if scale != 1.0:
         raise ValueError(f"scaling_coefficient={scale!r} scales task vectors and needs a base model; pass base=...")
+    if postprocess:
+        raise ValueError("postprocess works on task vectors and needs a base model; pass base=...")
     if buffers == "base":
         raise ValueError("buffers='base' needs a base model; pass base=... or buffers='pooled'.")
 

@@ -45,6 +45,15 @@ def test_streaming_equals_memory_bit_by_bit(method, scale, tmp_path):
     ]
 
 
+def test_post_processors(tmp_path):
+    specs = ["svc", {"lines": {"alpha": 0.5, "beta": 0.25}}]
+    recipe = {**write_models(tmp_path), "merge_method": "task_arithmetic", "postprocess": specs}
+    merge_checkpoints(recipe, tmp_path / "out", progress=False)
+    assert_same(load_checkpoint(tmp_path / "out"), in_memory(tmp_path, "task_arithmetic", postprocess=specs))
+    with pytest.raises(ValueError, match="'apha'"):
+        merge_checkpoints({**recipe, "postprocess": [{"lines": {"apha": 1}}]}, tmp_path / "other")
+
+
 @pytest.mark.parametrize("method", ["regmean", "fisher"])
 def test_statistics_from_files(method, tmp_path):
     recipe = {**write_models(tmp_path), "merge_method": method}

@@ -120,7 +120,7 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
     if recipe.base_model is not None:
         base = CheckpointReader(resolve_model(recipe.base_model, recipe.base_revision))
     else:
-        check_base_free(rule, scale, recipe.buffers)
+        check_base_free(rule, scale, recipe.buffers, recipe.postprocess)
     private = _private_layouts(recipe, readers)
     inputs = [*readers, base] if base is not None else list(readers)
     copies = tied_by_content(inputs, _ties_embeddings(inputs))

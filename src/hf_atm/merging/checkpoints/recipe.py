@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..plan import VOCAB_POLICIES
+from ..postprocess import check_post_processors
 from ..registry import check_merge_kwargs, get_merge_method
 from ..tensors import check_names, check_weights, nearest
 
@@ -154,6 +155,7 @@ def _parse(content: Mapping[str, Any], folder: Path | None) -> MergeRecipe:
     for label in ("exclude", "task_specific_modules", "postprocess"):
         if label in values and (isinstance(values[label], str) or not isinstance(values[label], Sequence)):
             raise ValueError(f"Recipe key '{label}' must be a list; write {label}: [{values[label]!r}].")
+    check_post_processors(values.get("postprocess", ()))
     for label in ("strict", "copy_code"):
         if not isinstance(values.get(label, True), bool):
             raise ValueError(f"Recipe key '{label}' must be true or false, got {values[label]!r}.")
