@@ -92,7 +92,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="only these arms of each case")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every arm, in alternating order")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the layers and of the vocabulary")
-    parser.add_argument("--folder", type=Path, help="keep models here and use them again; a temporary folder otherwise")
+    parser.add_argument(
+        "--folder", type=Path, help="keep models here and use them again; a temporary folder otherwise"
+    )
     parser.add_argument("--environments", type=Path, default=ROOT / "runs" / "benchmarks" / "environments")
     parser.add_argument("--output", help="write all figures to this JSON file")
     options = parser.parse_args()
@@ -106,7 +108,12 @@ def main() -> None:
         return
     wanted = {name: [arm for arm in case.arms if arm in (options.arms or case.arms)] for name, case in cases.items()}
     commands = Commands(sorted({arm for arms in wanted.values() for arm in arms}), options.environments)
-    result: dict[str, Any] = {"machine": machine(), "versions": commands.versions, "rounds": options.rounds, "cases": {}}
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "versions": commands.versions,
+        "rounds": options.rounds,
+        "cases": {},
+    }
     runs_folder = ROOT / "runs"
     runs_folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs_folder) as temporary:

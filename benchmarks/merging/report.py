@@ -50,9 +50,10 @@ def ratio(row: dict[str, Any], ours: dict[str, Any], key: str) -> str:
 
 
 def in_words(difference: dict[str, Any]) -> str:
+    worst = f" ({difference['worst']})" if difference["worst"] else ""
     words = (
         f"{100 * difference['equal']:.3f} % of entries equal, largest difference {difference['max_abs']:.2e}, at most "
-        f"{difference['relative']:.2e} of a tensor's merged task vector, norms {difference['norm_ratio']:.6f} to 1"
+        f"{difference['relative']:.2e} of a tensor's merged task vector{worst}, norms {difference['norm_ratio']:.6f} to 1"
     )
     missing = difference["missing"]
     return words + (f"; only one of the two has {', '.join(missing[:3])}, {len(missing)} in all" if missing else "")

@@ -203,9 +203,7 @@ def write_checkpoint(what: Checkpoints, tensors: dict[str, Tensor], folder: Path
         folder / "tokenizer.json",
         {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}},
     )
-    write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
-    )
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
