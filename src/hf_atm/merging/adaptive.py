@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .batches import batches, device_of, evaluating, logits_of, model_inputs, problem_of, progress_bar
+from .chunks import plain_sum
 from .registry import register_merge_method
-from .tensors import canonical_tasks, check_names, listed, sorted_keys, weighted_sum
+from .tensors import canonical_tasks, check_names, listed, sorted_keys
 
 
 State = Mapping[str, Tensor]
@@ -89,9 +90,7 @@ def adamerging(
     _check_coefficients(task_vectors, weights, names, coefficients=coefficients)
     tasks = canonical_tasks(task_vectors, weights, names, list(range(len(names))))
     return {
-        key: weighted_sum(
-            (task.tensors[key] for task in tasks), [task.weight * coefficients[key][task.extra] for task in tasks]
-        )
+        key: plain_sum(tasks, key, [task.weight * coefficients[key][task.extra] for task in tasks])
         for key in sorted_keys(tasks)
     }
 

@@ -57,6 +57,13 @@ def merge_chunks(tasks: Sequence[Task], key: str, combine: Combine, multiple: in
     return merged.view(shape)
 
 
+def plain_sum(tasks: Sequence[Task], key: str, coefficients: Sequence[float]) -> Tensor:
+    """One tensor of `sum_t coefficient_t * tensor_t`, chunk by chunk."""
+    if tasks[0].shape(key).numel() == 0:
+        return tasks[0].tensor(key)
+    return merge_chunks(tasks, key, lambda start, chunks: weighted_sum(chunks, coefficients))
+
+
 def sum_kept(tasks: Sequence[Task], key: str, drop: Drop, coefficients: Sequence[float], multiple: int = 1) -> Tensor:
     """One tensor of `sum_t coefficient_t * kept_t`; see [`merge_chunks`]."""
     return merge_chunks(
@@ -80,5 +87,5 @@ def merge_each(
     merged = {key: merge(key) for key in keys}
     if small:
         coefficients = linear_coefficients("mean", [task.weight for task in tasks], normalize=normalize)
-        merged.update({key: weighted_sum((task.tensor(key) for task in tasks), coefficients) for key in small})
+        merged.update({key: plain_sum(tasks, key, coefficients) for key in small})
     return {key: merged[key] for key in sorted(merged)}

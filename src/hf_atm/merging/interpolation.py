@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .chunks import plain_sum
 from .linear import linear_coefficients
 from .registry import register_merge_method
 from .shares import shares
-from .tensors import Task, canonical_tasks, sorted_keys, weighted_sum
+from .tensors import Task, canonical_tasks, sorted_keys
 
 
 # Beyond this cosine the great circle is a straight line, or (antipodes) not unique.
@@ -242,7 +243,4 @@ def _stock_ratio(cosine: Tensor) -> float:
 
 
 def _combine(tasks: Sequence[Task], coefficients: Rule) -> dict[str, Tensor]:
-    return {
-        key: weighted_sum((task.tensors[key] for task in tasks), coefficients(inner_products(tasks, key)))
-        for key in sorted_keys(tasks)
-    }
+    return {key: plain_sum(tasks, key, coefficients(inner_products(tasks, key))) for key in sorted_keys(tasks)}

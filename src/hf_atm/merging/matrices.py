@@ -10,9 +10,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .chunks import plain_sum
 from .fused import qkv_groups, split_dimension
 from .linear import linear_coefficients
-from .tensors import Task, sorted_keys, weighted_sum
+from .tensors import Task, sorted_keys
 
 
 # Rows of these tables are looked up or indexed, not multiplied: their singular vectors carry no meaning.
@@ -126,7 +127,7 @@ def merge_matrices(
         for key in group:
             if key not in merged:
                 coefficients = linear_coefficients(others, [task.weight for task in tasks])
-                merged[key] = weighted_sum((task.tensor(key) for task in tasks), coefficients)
+                merged[key] = plain_sum(tasks, key, coefficients)
     return {key: merged[key] for key in sorted(merged)}
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import merge_chunks
+from .chunks import merge_chunks, plain_sum
 from .gram import find_layout, solve_least_squares
 from .linear import linear_coefficients
 from .matrices import NON_MATRIX
 from .registry import register_merge_method
 from .shares import shares
 from .task_vectors import euclidean_norm
-from .tensors import Task, canonical_tasks, check_finite, listed, sorted_keys, weighted_sum
+from .tensors import Task, canonical_tasks, check_finite, listed, sorted_keys
 
 
 Statistics = Mapping[str, Tensor]
@@ -247,9 +247,9 @@ def _merge_or_average(
     for key in sorted_keys(tasks):
         if key not in keys:
             coefficients = linear_coefficients("mean", [task.weight for task in tasks])
-            merged[key] = weighted_sum((task.tensors[key] for task in tasks), coefficients)
+            merged[key] = plain_sum(tasks, key, coefficients)
         elif len(tasks) == 1:
-            merged[key] = weighted_sum([tasks[0].tensors[key]], [tasks[0].weight])
+            merged[key] = plain_sum(tasks[:1], key, [tasks[0].weight])
         else:
             merged[key] = merge(key).to(tasks[0].dtype(key))
     return merged

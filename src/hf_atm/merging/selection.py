@@ -121,7 +121,9 @@ class _Bracket:
         self.from_low += counts[3]
         self.at_high.append(counts[1] - counts[0])
         self.at_low.append(counts[3] - counts[2])
-        self.inside.append(piece[above_low != from_high] if counts[2] > counts[1] else piece[:0])
+        # An empty slice would keep the whole piece in memory.
+        some = counts[2] > counts[1]
+        self.inside.append(piece[above_low != from_high] if some else np.empty(0, dtype=piece.dtype))
 
     def find(self, k: int) -> Rank | None:
         """The k-th largest number, unless it lies outside."""
