@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_atm.merging import decompositions, lapack, polar_factor
-from hf_atm.merging.decompositions import leading_eigh, reshape_spectrum, thin_svd
+from hf_atm.merging.spectral.decompositions import leading_eigh, reshape_spectrum, thin_svd
 
 from . import reference
 from .testing_utils import random_vectors

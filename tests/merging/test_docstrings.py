@@ -3,54 +3,23 @@ from __future__ import annotations
 import doctest
 import inspect
 from importlib import import_module
+from pkgutil import walk_packages
 
 import pytest
 
 import hf_atm.merging as merging
-from hf_atm.merging import postprocess, registry
+from hf_atm.merging import registry
+from hf_atm.merging.postprocess import registry as postprocess
 
 
-MODULES = (
-    "adapters.merge",
-    "adaptive",
-    "breadcrumbs",
-    "buffers",
-    "chunks",
-    "compression",
-    "consensus",
-    "dare",
-    "della",
-    "elections",
-    "fisher_statistics",
-    "fused",
-    "gram",
-    "gram_statistics",
-    "interpolation",
-    "linear",
-    "lines",
-    "magmax",
-    "measured",
-    "opcm",
-    "pcb",
-    "postprocess",
-    "random_masks",
-    "recalibration",
-    "registry",
-    "selection",
-    "spectral",
-    "state_dict",
-    "task_vectors",
-    "tensors",
-    "ties",
-    "trimming",
-)
+MODULES = sorted(module.name for module in walk_packages(merging.__path__, "hf_atm.merging.") if not module.ispkg)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name, monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setattr(postprocess, "_PROCESSORS", dict(postprocess._PROCESSORS))
-    module = import_module(f"hf_atm.merging.{name}")
+    module = import_module(name)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner()
     for label, item in vars(module).items():
         if inspect.isfunction(item) and item.__module__ == module.__name__:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_atm.merging import get_merge_method, merge_task_vectors
-from hf_atm.merging.fused import qkv_groups, split_dimension
+from hf_atm.merging.spectral.fused import qkv_groups, split_dimension
 
 from .testing_utils import random_vectors
 

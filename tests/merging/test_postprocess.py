@@ -10,12 +10,12 @@ from hf_atm.merging import (
     list_post_processors,
     merge_state_dicts,
     merge_task_vectors,
-    postprocess,
     register_post_processor,
     svc,
 )
-from hf_atm.merging.lines import layer_of
-from hf_atm.merging.postprocess import apply_post_processors, prepare_post_processors
+from hf_atm.merging.postprocess import registry as postprocess
+from hf_atm.merging.postprocess.lines import layer_of
+from hf_atm.merging.postprocess.registry import apply_post_processors, prepare_post_processors
 
 from . import reference_spectral as reference
 from .testing_utils import as_numpy, random_vectors

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_atm.merging import chunks, merge_task_vectors
-from hf_atm.merging.random_masks import RandomLanes, kept_shares, lane_limits, ranked_drop, row_length
+from hf_atm.merging import merge_task_vectors
+from hf_atm.merging.elementwise import chunks
+from hf_atm.merging.elementwise.random_masks import RandomLanes, kept_shares, lane_limits, ranked_drop, row_length
 from hf_atm.merging.tensors import Task
 
 from . import reference, reference_elementwise

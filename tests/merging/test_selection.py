@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_atm.merging import chunks
-from hf_atm.merging.selection import kth_by_histogram, kth_largest, sample_step
+from hf_atm.merging.elementwise import chunks
+from hf_atm.merging.elementwise.selection import kth_by_histogram, kth_largest, sample_step
+from hf_atm.merging.elementwise.trimming import find_cuts, kept_count
 from hf_atm.merging.tensors import Task
-from hf_atm.merging.trimming import find_cuts, kept_count
 
 from . import reference, reference_elementwise
 

@@ -13,7 +13,7 @@ from hf_atm.merging import (
     register_merge_method,
     registry,
 )
-from hf_atm.merging.postprocess import apply_post_processors, prepare_post_processors
+from hf_atm.merging.postprocess.registry import apply_post_processors, prepare_post_processors
 
 from .testing_utils import METHODS, assert_same, random_vectors
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_atm.merging import chunks, get_merge_method, merge_task_vectors
+from hf_atm.merging import get_merge_method, merge_task_vectors
+from hf_atm.merging.elementwise import chunks
 
 from . import reference
 from .testing_utils import as_numpy, assert_near, assert_same, random_vectors

@@ -5,26 +5,25 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .adaptive import LearnedCoefficients, adamerging, learn_coefficients
-from .breadcrumbs import breadcrumbs, breadcrumbs_ties
 from .buffers import merge_buffers
-from .compression import compress_task_vector, compression_error, decompress
-from .consensus import TallMasks, consensus, tall_masks
-from .dare import dare, dare_ties
-from .decompositions import polar_factor
-from .della import della, della_linear
-from .fisher_statistics import collect_fisher
+from .data_driven.adaptive import LearnedCoefficients, adamerging, learn_coefficients
+from .data_driven.fisher_statistics import collect_fisher
+from .data_driven.gram_statistics import collect_gram
+from .data_driven.measured import fisher, regmean
+from .data_driven.recalibration import recalibrate_batch_norm
+from .elementwise.breadcrumbs import breadcrumbs, breadcrumbs_ties
+from .elementwise.consensus import TallMasks, consensus, tall_masks
+from .elementwise.dare import dare, dare_ties
+from .elementwise.della import della, della_linear
+from .elementwise.magmax import magmax
+from .elementwise.pcb import pcb
+from .elementwise.ties import ties
 from .gram import solve_gram, swudi, wudi
-from .gram_statistics import collect_gram
 from .interpolation import karcher, model_stock, slerp
 from .linear import linear_coefficients, mean, task_arithmetic
-from .lines import lines
-from .magmax import magmax
-from .measured import fisher, regmean
-from .opcm import opcm
-from .pcb import pcb
-from .postprocess import check_post_processors, list_post_processors, register_post_processor
-from .recalibration import recalibrate_batch_norm
+from .postprocess.lines import lines
+from .postprocess.registry import check_post_processors, list_post_processors, register_post_processor
+from .postprocess.svc import svc
 from .registry import (
     MergeMethod,
     check_merge_kwargs,
@@ -32,11 +31,12 @@ from .registry import (
     list_merge_methods,
     register_merge_method,
 )
-from .spectral import iso_c, iso_cts, tsv_m
+from .spectral.compression import compress_task_vector, compression_error, decompress
+from .spectral.decompositions import polar_factor
+from .spectral.methods import iso_c, iso_cts, tsv_m
+from .spectral.opcm import opcm
 from .state_dict import merge_state_dicts
-from .svc import svc
 from .task_vectors import merge_task_vectors, norm_scale
-from .ties import ties
 
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .linear import is_linear, linear_coefficients
 from .plan import MergePlan, State
-from .postprocess import apply_post_processors, prepare_post_processors
+from .postprocess.registry import apply_post_processors, prepare_post_processors
 from .registry import MergeMethod
 from .task_vectors import euclidean_norm, norm_scale
 from .tensors import LazyTensors, Task, all_finite, check_finite, listed

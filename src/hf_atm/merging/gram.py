@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decompositions import gram_matrix, leading_eigh
 from .layout import transposed_keys
-from .matrices import NON_MATRIX, TaskMatrices, merge_matrices
 from .registry import register_merge_method
+from .spectral.decompositions import gram_matrix, leading_eigh
+from .spectral.matrices import NON_MATRIX, TaskMatrices, merge_matrices
 from .tensors import Task, canonical_tasks
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import plain_sum
+from .elementwise.chunks import plain_sum
 from .linear import linear_coefficients
 from .registry import register_merge_method
 from .shares import shares

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .buffers import merge_buffers
 from .engine import Merger, merge_in_memory
 from .plan import VOCAB_POLICIES, MergePlan, State, plan_merge, with_tied_tables
-from .postprocess import check_post_processors
+from .postprocess.registry import check_post_processors
 from .registry import MergeMethod, get_merge_method
 from .task_vectors import resolve_scale
 from .tensors import check_finite, check_names, check_weights, content_names

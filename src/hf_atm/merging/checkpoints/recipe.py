@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..plan import VOCAB_POLICIES
-from ..postprocess import check_post_processors
+from ..postprocess.registry import check_post_processors
 from ..registry import check_merge_kwargs, get_merge_method
 from ..tensors import check_names, check_weights, nearest
 

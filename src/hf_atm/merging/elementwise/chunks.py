@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .linear import linear_coefficients
-from .tensors import Task, sorted_keys, weighted_sum
+from ..linear import linear_coefficients
+from ..tensors import Task, sorted_keys, weighted_sum
 
 
 # Entries per chunk: T chunks and their accumulators fit into the second-level cache of a core.

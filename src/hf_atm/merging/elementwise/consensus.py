@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..registry import check_merge_kwargs, register_merge_method
+from ..task_vectors import check_same_keys
+from ..tensors import Task, canonical_tasks, check_names, check_weights, sorted_keys
 from .chunks import merge_chunks, merge_each
-from .registry import check_merge_kwargs, register_merge_method
-from .task_vectors import check_same_keys
-from .tensors import Task, canonical_tasks, check_names, check_weights, sorted_keys
 
 
 @register_merge_method("consensus", "consensus_ta", family="elementwise", per_tensor=True)

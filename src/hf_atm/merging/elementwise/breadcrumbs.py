@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..linear import linear_coefficients
+from ..registry import register_merge_method
+from ..tensors import Task, canonical_tasks
 from .chunks import MIN_SPARSE_NUMEL, Drop, merge_each, sum_kept
 from .elections import Election, merge_elected
-from .linear import linear_coefficients
-from .registry import register_merge_method
-from .tensors import Task, canonical_tasks
 from .trimming import find_cuts, kept_count, trim
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..registry import register_merge_method
+from ..tensors import canonical_tasks
 from .chunks import merge_chunks, merge_each
-from .registry import register_merge_method
-from .tensors import canonical_tasks
 
 
 @register_merge_method("magmax", family="elementwise", per_tensor=True)

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..tensors import Task
 from .chunks import Drop
-from .tensors import Task
 
 
 _LANE_BITS = 32

@@ -41,7 +41,7 @@ def qkv_groups(keys: Sequence[str], fuse_qkv: bool | None = None, **_kwargs: Any
     Example:
 
     ```python
-    >>> from hf_atm.merging.fused import qkv_groups
+    >>> from hf_atm.merging.spectral.fused import qkv_groups
 
     >>> qkv_groups(["h.attn.k.weight", "h.attn.o.weight", "h.attn.q.weight", "h.attn.v.weight"], fuse_qkv=True)
     [['h.attn.o.weight'], ['h.attn.q.weight', 'h.attn.k.weight', 'h.attn.v.weight']]

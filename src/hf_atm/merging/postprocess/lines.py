@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .postprocess import is_finite, register_post_processor
+from .registry import is_finite, register_post_processor
 
 
 # Names of the lists that hold a model's layers; the number follows, as in `model.layers.3.mlp`.

@@ -8,11 +8,11 @@ from functools import partial
 
 from torch import Tensor
 
+from ..registry import register_merge_method
+from ..tensors import Task
 from .decompositions import thin_svd
 from .fused import qkv_groups
 from .matrices import NON_MATRIX, TaskMatrices, merge_matrices
-from .registry import register_merge_method
-from .tensors import Task
 
 
 def mean_norm_factor(task_vector_norms: Sequence[float], merged_norm: float) -> float:
@@ -31,7 +31,7 @@ def mean_norm_factor(task_vector_norms: Sequence[float], merged_norm: float) -> 
     Example:
 
     ```python
-    >>> from hf_atm.merging.opcm import mean_norm_factor
+    >>> from hf_atm.merging.spectral.opcm import mean_norm_factor
 
     >>> mean_norm_factor([2.0, 4.0], 6.0)
     0.5

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tensors import result_dtype
 from .batches import (
     batches,
     device_of,
@@ -19,7 +20,6 @@ from .batches import (
     problem_of,
     progress_bar,
 )
-from .tensors import result_dtype
 
 
 _PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decompositions import thin_svd
-from .layout import transposed_keys
-from .matrices import NON_MATRIX, TaskMatrices, is_matrix, whole
-from .postprocess import is_finite, register_post_processor
-from .registry import _RANGES
-from .tensors import canonical_tasks
+from ..layout import transposed_keys
+from ..registry import _RANGES
+from ..spectral.decompositions import thin_svd
+from ..spectral.matrices import NON_MATRIX, TaskMatrices, is_matrix, whole
+from ..tensors import canonical_tasks
+from .registry import is_finite, register_post_processor
 
 
 # Methods that have set the tasks apart already: nothing that they give is counted more than once.

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import merge_chunks, plain_sum
-from .gram import find_layout, solve_least_squares
-from .linear import linear_coefficients
-from .matrices import NON_MATRIX
-from .registry import register_merge_method
-from .shares import shares
-from .task_vectors import euclidean_norm
-from .tensors import Task, canonical_tasks, check_finite, listed, sorted_keys
+from ..elementwise.chunks import merge_chunks, plain_sum
+from ..gram import find_layout, solve_least_squares
+from ..linear import linear_coefficients
+from ..registry import register_merge_method
+from ..shares import shares
+from ..spectral.matrices import NON_MATRIX
+from ..task_vectors import euclidean_norm
+from ..tensors import Task, canonical_tasks, check_finite, listed, sorted_keys
 
 
 Statistics = Mapping[str, Tensor]
@@ -272,7 +272,7 @@ def _open_all(
             "the order of the models."
         )
     # Reading files rests on the methods, not the other way round.
-    from .checkpoints import CheckpointReader
+    from ..checkpoints import CheckpointReader
 
     return [item if isinstance(item, Mapping) else CheckpointReader(Path(item)) for item in statistics]
 

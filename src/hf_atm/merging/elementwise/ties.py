@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..registry import get_merge_method, register_merge_method
+from ..tensors import Task, canonical_tasks
 from .chunks import MIN_SPARSE_NUMEL, merge_each, split_small
 from .elections import Election, majority_sign, merge_elected
-from .registry import get_merge_method, register_merge_method
-from .tensors import Task, canonical_tasks
 from .trimming import Cut, find_cuts, kept_count, trim
 
 

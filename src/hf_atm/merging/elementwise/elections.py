@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..tensors import Task
 from .chunks import Drop, merge_chunks, spans
-from .tensors import Task
 
 
 _TINY = torch.finfo(torch.float64).tiny

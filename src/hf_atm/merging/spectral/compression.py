@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+from ..tensors import accumulation_dtype, check_finite, listed
 from .decompositions import thin_svd
-from .tensors import accumulation_dtype, check_finite, listed
 
 
 # Every stored name is one of these and the tensor's own name, so that none can be mistaken for another.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..spectral.matrices import NON_MATRIX
+from ..tensors import accumulation_dtype, result_dtype
 from .batches import batches, device_of, evaluating, is_encoder_decoder, model_inputs, observing, progress_bar
-from .matrices import NON_MATRIX
-from .tensors import accumulation_dtype, result_dtype
 
 
 # Keys and values of cross-attention inside a decoder are computed from what the encoder saw.

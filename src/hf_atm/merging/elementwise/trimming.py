@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from ..tensors import Task
 from .chunks import Drop, spans
 from .selection import FEW, Numbers, Rank, kth_largest, sample_step
-from .tensors import Task
 
 
 # From T pieces at the same places, one array of numbers per ranking.

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..registry import get_merge_method, register_merge_method
+from ..tensors import canonical_tasks
 from .chunks import merge_chunks, merge_each, split_small
-from .registry import get_merge_method, register_merge_method
 from .selection import Numbers
-from .tensors import canonical_tasks
 from .trimming import kept_count, rank_entries
 
 

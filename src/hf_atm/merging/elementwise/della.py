@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..linear import linear_coefficients
+from ..registry import register_merge_method
+from ..tensors import canonical_tasks
 from .chunks import MIN_SPARSE_NUMEL, merge_each, sum_kept
 from .elections import Election, merge_elected
-from .linear import linear_coefficients
 from .random_masks import ranked_drop, row_length
-from .registry import register_merge_method
-from .tensors import canonical_tasks
 
 
 # Half the width of the ramp of probabilities.

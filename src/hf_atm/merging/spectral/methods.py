@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..gram import find_layout
+from ..registry import register_merge_method
+from ..tensors import canonical_tasks
 from .decompositions import Triplets, polar_factor, rank_cutoff, reshape_spectrum, thin_svd
 from .fused import qkv_groups
-from .gram import find_layout
 from .matrices import NON_MATRIX, TaskMatrices, merge_matrices
-from .registry import register_merge_method
-from .tensors import canonical_tasks
 
 
 # Stacked singular vectors are orthonormal to float64 within each task, so that weak directions of the stack count.

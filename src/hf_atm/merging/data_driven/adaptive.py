@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..elementwise.chunks import plain_sum
+from ..registry import register_merge_method
+from ..tensors import canonical_tasks, check_names, listed, sorted_keys
 from .batches import batches, device_of, evaluating, logits_of, model_inputs, problem_of, progress_bar
-from .chunks import plain_sum
-from .registry import register_merge_method
-from .tensors import canonical_tasks, check_names, listed, sorted_keys
 
 
 State = Mapping[str, Tensor]

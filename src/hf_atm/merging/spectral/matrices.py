@@ -10,10 +10,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .chunks import plain_sum
+from ..elementwise.chunks import plain_sum
+from ..linear import linear_coefficients
+from ..tensors import Task, sorted_keys
 from .fused import qkv_groups, split_dimension
-from .linear import linear_coefficients
-from .tensors import Task, sorted_keys
 
 
 # Rows of these tables are looked up or indexed, not multiplied: their singular vectors carry no meaning.

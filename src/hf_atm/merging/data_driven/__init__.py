@@ -1,0 +1,1 @@
+"""Methods and repairs that look at data, and the statistics they need."""

@@ -1,0 +1,1 @@
+"""Post-processors of a merged task vector, and their register."""

@@ -1,0 +1,1 @@
+"""Kernel B: directions, polar factors and spectra of matrices."""
