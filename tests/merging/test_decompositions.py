@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_atm.merging import decompositions, lapack, polar_factor
+from hf_atm.merging import polar_factor
+from hf_atm.merging.spectral import decompositions, lapack
 from hf_atm.merging.spectral.decompositions import leading_eigh, reshape_spectrum, thin_svd
 
 from . import reference
