@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)
 SOURCES := src tests examples benchmarks
 
-.PHONY: help demo test quality style bench clean
+.PHONY: help demo test quality style bench bench-merging clean
 
 help:
 	@echo "make demo     the main job, offline, with a small real ViT (under three minutes after installation)"
@@ -14,6 +14,7 @@ help:
 	@echo "make quality  formatting, lint and types, as CI checks them"
 	@echo "make style    formatting and lint, repaired where possible"
 	@echo "make bench    cost of the loop beside the plain Trainer"
+	@echo "make bench-merging   merges beside other libraries, which it installs below runs/; hours"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,9 @@ style: $(VENV)/.developer
 
 bench: $(VENV)/.developer
 	$(RUN)/python benchmarks/overhead.py
+
+bench-merging: $(VENV)/.developer
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/merging/compare.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
