@@ -90,7 +90,11 @@ class ModelView(LazyTensors):
             self._last = last
         _, own, origin = last
         piece = own[part].to(self.device or own.device, self.plan.dtypes[key])
-        return piece if origin is None else piece - origin[part].to(piece.device)
+        if origin is None:
+            return piece
+        # A converted piece is a copy already; the input itself must stay as it is.
+        subtract = piece.sub_ if piece.dtype != own.dtype else piece.sub
+        return subtract(origin[part].to(piece.device))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_)
@@ -143,6 +147,8 @@ class Merger:
         ]
         self.parts = rule.partition(plan.leaders, self.kwargs)
         self.fused = is_linear(rule.name) and not self.postprocess
+        #: Whether matrices are decomposed on the way.
+        self.decomposes = rule.family in ("spectral", "gram") or bool(self.postprocess)
         #: Whether the factor on the merged vector depends on the norms of the whole model.
         self.needs_norms = isinstance(scale, str) or rule.rescale is not None
         self.factor = 1.0 if isinstance(scale, str) else float(scale)
@@ -237,9 +243,10 @@ class Merger:
             absolute = self.origin is None or (self.on_parameters and self.scale == 1.0 and not self.postprocess)
             return [merged] if absolute else [(1.0, flat(self.origin[key])), merged]  # type: ignore[index]
         order = sorted(range(len(self.names)), key=lambda index: self.names[index])
+        shares, base_share = self.shares, self.base_share
         return [
-            *([(self.base_share, flat(self.origin[key]))] if self.base_share and self.origin is not None else []),
-            *((self.shares[index], flat(self.models[index][key])) for index in order if self.shares[index]),
+            *([(base_share, flat(self.origin[key]))] if base_share and self.origin is not None else []),
+            *((shares[index], flat(self.models[index][key])) for index in order if shares[index]),
         ] or [(0.0, flat(self.models[0][key]))]
 
     @property

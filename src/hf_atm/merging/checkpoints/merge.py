@@ -174,7 +174,7 @@ def _carry_out(
     job: Job, output: Path, processes: Processes, workers: int, reload: bool | None, progress: bool
 ) -> tuple[bool, str]:
     # Whatever is wrong with what the method needs to know shows before anything is written.
-    with single_threaded(workers):
+    with single_threaded(workers, job.merger):
         job.merger.prepare()
     staging, resumed = staging_folder(output), False
     if processes.is_main:

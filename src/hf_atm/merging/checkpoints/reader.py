@@ -78,6 +78,7 @@ class CheckpointReader(Mapping[str, Tensor]):
         if not self._handles:
             raise ValueError(f"{path} holds no tensors.")
         self._advised: dict[str, int] = {}
+        self._views: dict[str, Tensor] = {}
 
     def _check_index(self) -> None:
         index = self.path / INDEX_NAME
@@ -91,7 +92,11 @@ class CheckpointReader(Mapping[str, Tensor]):
                 )
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._handles[key].get_tensor(key)
+        # A view of mapped memory costs nothing to keep, and a while to make.
+        tensor = self._views.get(key)
+        if tensor is None:
+            tensor = self._views[key] = self._handles[key].get_tensor(key)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._handles)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import xxhash
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ..engine import PIECE, flat
+from ..engine import PIECE, Merger, flat
 from .job import Job, Step, has_scratch, offset_step, scratch_size
 from .layout import Layout, Place, bytes_of, write_at
 from .processes import Processes, share_out
@@ -23,6 +24,9 @@ from .staging import SCRATCH_NAME, Journal, digest_region
 PRIVATE_FOLDER = "task_specific"
 
 Progress = Callable[[float], None]
+
+# Average cost of a step, in entries read, below which one thread is faster than several.
+_SMALL = 1 << 17
 
 
 class Run:
@@ -50,7 +54,7 @@ class Run:
     def run(self) -> None:
         """Does this process's steps; waits for the others only where a factor depends on the whole model."""
         merger = self.job.merger
-        with single_threaded(self.threads):
+        with single_threaded(self.threads, merger):
             mine = [self.job.steps[index] for index in self._share()]
             if merger.needs_norms:
                 self._open_scratch()
@@ -81,7 +85,11 @@ class Run:
                 self.progress(step.cost)
             else:
                 waiting.append(step)
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # The dearest first, so that no thread is left alone with one of them at the end.
+        waiting.sort(key=lambda step: -step.cost)
+        # Around small tensors there is more interpreter than arithmetic, and the interpreter knows one thread at a time.
+        small = sum(step.cost for step in waiting) < _SMALL * len(waiting)
+        with ThreadPoolExecutor(1 if small else self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures: dict[Future, Step] = {}
             for index, step in enumerate(waiting):
                 ahead = waiting[index + self.threads : index + self.threads + 1]
@@ -219,16 +227,22 @@ def create_files(job: Job, staging: Path) -> None:
 
 
 @contextmanager
-def single_threaded(workers: int) -> Iterator[None]:
-    """Leaves the cores to the workers: linear algebra inside each runs on one thread."""
-    before = torch.get_num_threads()
-    if workers > 1:
-        torch.set_num_threads(1)
-    try:
+def single_threaded(workers: int, merger: Merger) -> Iterator[None]:
+    """Leaves the cores to the workers: linear algebra inside each runs on one thread, that of SciPy included."""
+    if workers == 1:
         yield
+        return
+    if merger.decomposes:
+        # A library that is loaded later would not hear of the limit.
+        import scipy.linalg  # noqa: F401
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # Two workers that share OpenBLAS's pool of threads would wait for each other most of the time.
+        with threadpool_limits(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
-
 
 def _label(step: Step) -> str:
     return f"{step.kind}|{step.keys[0]}"
