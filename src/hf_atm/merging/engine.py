@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from .tensors import LazyTensors, Task, all_finite, check_finite, listed
 PIECE = 1 << 17
 
 Norms = dict[str, list[float]]
+Watch = Callable[[int, Tensor], None]
+
+
+class Source(NamedTuple):
+    """One term of a weighted sum: its coefficient, its entries in one row, and the number of the input it is from."""
+
+    coefficient: float
+    row: Tensor
+    number: int | None
 
 
 class ModelView(LazyTensors):
@@ -204,16 +213,18 @@ class Merger:
             norm_scale(tasks, merged * abs(factor)) if isinstance(self.scale, str) else float(self.scale)
         )
 
-    def pieces(self, key: str, vector: Tensor | None = None) -> Iterator[Tensor]:
+    def pieces(self, key: str, vector: Tensor | None = None, watch: Watch | None = None) -> Iterator[Tensor]:
         """The finished tensor in its output type, as flat pieces in order; each is valid until the next is asked for.
 
         Args:
             key (`str`): the tensor.
             vector (`Tensor`, *optional*): its merged task vector; not needed where the merge is a plain sum.
+            watch (`Callable`, *optional*): told the number of an input (the base's is T) and every flat piece of it that
+                is read here, in order.
         """
         total = self.views[0].shape(key).numel()
         sources = self._sources(key, vector)
-        device = self.device or sources[0][1].device
+        device = self.device or sources[0].row.device
         size, out_dtype = min(total, PIECE), self.plan.out_dtypes[key]
         # Buffers that are used again stay in the cache; fresh ones would be paid for page by page.
         sums, terms = (torch.empty(size, dtype=torch.float64, device=device) for _ in range(2))
@@ -221,7 +232,7 @@ class Merger:
         rounded = torch.empty(size, dtype=out_dtype, device=device)
         for start in range(0, total, PIECE):
             count = min(total, start + PIECE) - start
-            piece = _weighted_piece(sources, start, sums[:count], terms[:count])
+            piece = _weighted_piece(sources, start, sums[:count], terms[:count], watch)
             if out_dtype.itemsize < 4:
                 # Exact halves between two bfloat16 neighbours are common (three coarse values, simple weights). Float32
                 # in between takes the noise of float64's last digits off them, so that they go to the even neighbour.
@@ -236,18 +247,19 @@ class Merger:
             for start in range(0, rest.numel(), PIECE):
                 yield rest[start : start + PIECE].to(out_dtype)
 
-    def _sources(self, key: str, vector: Tensor | None) -> list[tuple[float, Tensor]]:
-        """Coefficients and flat tensors whose sum is the result; a coefficient of exactly one is no multiplication."""
+    def _sources(self, key: str, vector: Tensor | None) -> list[Source]:
+        """What the result is a sum of; a coefficient of exactly one is no multiplication."""
+        base = len(self.models)
         if vector is not None:
-            merged = (self.factor, flat(vector))
+            merged = Source(self.factor, flat(vector), None)
             absolute = self.origin is None or (self.on_parameters and self.scale == 1.0 and not self.postprocess)
-            return [merged] if absolute else [(1.0, flat(self.origin[key])), merged]  # type: ignore[index]
+            return [merged] if absolute else [Source(1.0, flat(self.origin[key]), base), merged]  # type: ignore[index]
         order = sorted(range(len(self.names)), key=lambda index: self.names[index])
         shares, base_share = self.shares, self.base_share
         return [
-            *([(base_share, flat(self.origin[key]))] if base_share and self.origin is not None else []),
-            *((shares[index], flat(self.models[index][key])) for index in order if shares[index]),
-        ] or [(0.0, flat(self.models[0][key]))]
+            *([Source(base_share, flat(self.origin[key]), base)] if base_share and self.origin is not None else []),
+            *(Source(shares[index], flat(self.models[index][key]), index) for index in order if shares[index]),
+        ] or [Source(0.0, flat(self.models[0][key]), 0)]
 
     @property
     def shares(self) -> list[float]:
@@ -309,14 +321,18 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)
 
 
-def _weighted_piece(sources: Sequence[tuple[float, Tensor]], start: int, sums: Tensor, terms: Tensor) -> Tensor:
+def _weighted_piece(sources: Sequence[Source], start: int, sums: Tensor, terms: Tensor, watch: Watch | None) -> Tensor:
     """Entries from `start` of a weighted sum, accumulated in float64: in the cache, that costs little more."""
     stop = start + sums.numel()
-    for index, (coefficient, tensor) in enumerate(sources):
-        if index == 0:
-            sums.copy_(tensor[start:stop])
-            if coefficient != 1.0:
-                sums.mul_(coefficient)
+    for place, source in enumerate(sources):
+        piece = source.row[start:stop]
+        if place == 0:
+            sums.copy_(piece)
+            if source.coefficient != 1.0:
+                sums.mul_(source.coefficient)
         else:
-            sums.add_(terms.copy_(tensor[start:stop]), alpha=coefficient)
+            sums.add_(terms.copy_(piece), alpha=source.coefficient)
+        if watch is not None and source.number is not None:
+            # While the piece is in the cache.
+            watch(source.number, piece)
     return sums

@@ -73,7 +73,7 @@ def test_killed_and_continued(phase, after, recipe, tmp_path, monkeypatch):
 
 def interrupted(recipe, tmp_path, monkeypatch, **kwargs):
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Run, "_input_digests", lambda self, step: 1 / 0)
+        patch.setattr(run_module.Run, "_note_inputs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             merge_checkpoints(recipe, tmp_path / "out", progress=False, **kwargs)
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,9 @@ class Run:
         waiting.sort(key=lambda step: -step.cost)
         # Around small tensors there is more interpreter than arithmetic, and the interpreter knows one thread at a time.
         small = sum(step.cost for step in waiting) < _SMALL * len(waiting)
-        with ThreadPoolExecutor(1 if small else self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            1 if small else self.threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             futures: dict[Future, Step] = {}
             for index, step in enumerate(waiting):
                 ahead = waiting[index + self.threads : index + self.threads + 1]
@@ -142,23 +145,27 @@ class Run:
 
     def _write(self, step: Step) -> dict[str, Any]:
         outputs: dict[str, str] = {}
+        inputs: list[dict[str, str]] = [{} for _ in self.job.readers]
         merger, leaders = self.job.merger, self.job.plan.groups
         if step.kind == "merge":
             vectors: dict[str, Tensor] = {}
             if not merger.fused:
                 vectors = self._read_scratch(step) if merger.needs_norms else merger.vectors(step.keys)
             for key in step.keys:
-                pieces = merger.pieces(key, vectors.pop(key, None))
+                digests = [xxhash.xxh3_128() for _ in self.job.readers]
+                pieces = merger.pieces(key, vectors.pop(key, None), partial(_add, digests))
                 outputs |= self._store(self.job.layout, "", leaders[key], pieces)
+                self._note_inputs(key, digests, inputs)
         elif step.kind == "copy":
             (key,) = step.keys
             outputs = self._store(self.job.layout, "", [key], self._copied(key))
+            self._note_inputs(key, [], inputs)
         else:
             name = step.kind.partition(":")[2]
             reader = self.job.readers[[model.name for model in self.job.recipe.models].index(name)]
             for key in step.keys:
                 outputs |= self._store(self.job.private[name], f"{PRIVATE_FOLDER}/", [key], _pieces(reader[key]))
-        return {"outputs": outputs, "inputs": self._input_digests(step)}
+        return {"outputs": outputs, "inputs": inputs}
 
     def _copied(self, key: str) -> Iterator[Tensor]:
         tensor = self.job.pooled.get(key, self.job.plan.reference[key])
@@ -177,13 +184,14 @@ class Run:
             done += piece.numel() * piece.itemsize
         return dict.fromkeys(keys, digest.hexdigest())
 
-    def _input_digests(self, step: Step) -> list[dict[str, str]]:
-        """Digests of the step's tensors in every input, while their pages are still in memory."""
-        digests: list[dict[str, str]] = []
-        for reader in self.job.readers:
-            held = [key for key in step.keys if key in reader] if not step.kind.startswith("private:") else []
-            digests.append({key: _digest(reader[key]) for key in held})
-        return digests
+    def _note_inputs(self, key: str, digests: Sequence[Any], inputs: Sequence[dict[str, str]]) -> None:
+        """Notes the digest of a tensor in every input, taken on the way if all of its entries were read there."""
+        untouched = xxhash.xxh3_128().hexdigest()
+        for place, reader in enumerate(self.job.readers):
+            if key not in reader:
+                continue
+            digest = digests[place].hexdigest() if digests and key not in self.job.plan.rows else untouched
+            inputs[place][key] = digest if digest != untouched else _digest(reader[key])
 
     # ---- Files ----
 
@@ -244,6 +252,7 @@ def single_threaded(workers: int, merger: Merger) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
 
+
 def _label(step: Step) -> str:
     return f"{step.kind}|{step.keys[0]}"
 
@@ -251,6 +260,10 @@ def _label(step: Step) -> str:
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     row = flat(tensor)
     return (row[start : start + PIECE] for start in range(0, row.numel(), PIECE))
+
+
+def _add(digests: Sequence[Any], number: int, piece: Tensor) -> None:
+    digests[number].update(bytes_of(piece))
 
 
 def _digest(tensor: Tensor) -> str:
