@@ -13,8 +13,8 @@ from .linear import is_linear, linear_coefficients
 from .plan import MergePlan, State
 from .postprocess.registry import apply_post_processors, prepare_post_processors
 from .registry import MergeMethod
-from .task_vectors import euclidean_norm, norm_scale
-from .tensors import LazyTensors, Task, all_finite, check_finite, listed
+from .task_vectors import norm_scale
+from .tensors import LazyTensors, all_finite, check_finite, listed
 
 
 # Entries per piece: small enough for the second-level cache, large enough to hide the interpreter.
@@ -190,19 +190,31 @@ class Merger:
         return {key: merged[key].to(self.plan.dtypes[key]) for key in part}
 
     def norms(self, part: Sequence[str], merged: Mapping[str, Tensor]) -> Norms:
-        """Squared norms per tensor: of every task vector of non-zero weight, then of the merged one."""
-        tasks = [
-            Task(name, weight, view)
-            for name, weight, view in zip(self.names, self.weights, self.task_vectors, strict=True)
-            if weight != 0
-        ]
-        return {
-            key: [
-                *(euclidean_norm({key: task.tensor(key)}) ** 2 for task in tasks),
-                euclidean_norm({key: merged[key]}) ** 2,
-            ]
-            for key in part
-        }
+        """Squared norms per tensor: of every task vector of non-zero weight, then of the merged one.
+
+        Args:
+            part (`Sequence[str]`): the tensors.
+            merged (`Mapping[str, Tensor]`): their merged task vectors; left empty for a plain sum, which is added up
+                again here, piece by piece.
+        """
+        counted = [index for index, weight in enumerate(self.weights) if weight != 0]
+        return {key: self._squares(key, sorted(counted, key=self.names.__getitem__), merged.get(key)) for key in part}
+
+    def _squares(self, key: str, order: Sequence[int], merged: Tensor | None) -> list[float]:
+        total, squares = self.task_vectors[0].shape(key).numel(), [0.0] * (len(order) + 1)
+        for start in range(0, total, PIECE):
+            stop = min(total, start + PIECE)
+            pieces = [self.task_vectors[index].chunk(key, start, stop).double() for index in order]
+            if merged is not None:
+                pieces.append(flat(merged)[start:stop].double())
+            else:
+                sums = torch.zeros(stop - start, dtype=torch.float64)
+                for index, piece in zip(order, pieces, strict=True):
+                    sums.add_(piece.to(sums.device), alpha=self.shares[index])
+                pieces.append(sums)
+            for place, piece in enumerate(pieces):
+                squares[place] += float(torch.dot(piece, piece))
+        return squares
 
     def settle(self, norms: Norms) -> None:
         """Fixes the factor on the merged vector from the norms of all tensors; exact sums, so that order is nothing."""
@@ -298,9 +310,9 @@ def merge_in_memory(merger: Merger) -> dict[str, Tensor]:
     norms: Norms = {}
     if merger.needs_norms:
         for part in merger.parts:
-            merged = merger.vectors(part)
+            merged = {} if merger.fused else merger.vectors(part)
             norms.update(merger.norms(part, merged))
-            vectors.update({} if merger.fused else merged)
+            vectors.update(merged)
         merger.settle(norms)
     result = {}
     for part in merger.parts:

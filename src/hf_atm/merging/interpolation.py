@@ -22,7 +22,7 @@ _PARALLEL = 0.9995
 # A norm this far below the largest is rounding noise and has no direction.
 _NORM_FLOOR = 1e-7
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 
 Rule = Callable[[Tensor], Sequence[float]]
 
@@ -38,7 +38,7 @@ def inner_products(tasks: Sequence[Task], key: str) -> Tensor:
             Name of the tensor.
 
     Returns:
-        `Tensor`: `(T, T)`, float64, on the CPU. Read in chunks, so that memory is T times 8 MiB for any tensor.
+        `Tensor`: `(T, T)`, float64, on the CPU. Read in chunks, so that memory is a few times T MiB for any tensor.
     """
     total = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     size = tasks[0].shape(key).numel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..engine import PIECE, Merger
+from ..spectral.matrices import NON_MATRIX, is_matrix
 
 
 def step_cost(merger: Merger, part: Sequence[str]) -> float:
@@ -14,7 +15,7 @@ def step_cost(merger: Merger, part: Sequence[str]) -> float:
         shape = merger.views[0].shape(key)
         entries = float(shape.numel())
         cost += entries * (len(merger.models) + 1)
-        if merger.rule.family in ("spectral", "gram") and len(shape) == 2:
+        if merger.decomposes and is_decomposed(merger, key):
             cost += entries * min(shape)
     return cost
 
@@ -23,29 +24,31 @@ def workspace(merger: Merger, part: Sequence[str]) -> int:
     """
     Estimated bytes that merging one part takes beside what is mapped from files.
 
-    Plain sums hold a piece or two; elementwise methods the merged tensor and pieces of all tasks; geometric ones all
-    task vectors; spectral and Gram methods float64 factors and squares of the short or the inner side.
+    Plain sums hold a few pieces; elementwise and geometric methods the merged tensor and pieces of all tasks; spectral
+    and Gram methods float64 factors, and squares of the inner side, which is rough: methods differ by a factor of two.
     """
     pieces = PIECE * 8 * (len(merger.models) + 4)
-    if merger.fused and not merger.needs_norms:
-        return PIECE * 8 * 4
+    if merger.fused:
+        return pieces if merger.needs_norms else PIECE * 8 * 4
     total = pieces
-    count = len(merger.models)
     for key in part:
         shape = merger.views[0].shape(key)
         entries, width = shape.numel(), merger.plan.dtypes[key].itemsize
         total += entries * width
-        if merger.rule.family == "linear":
-            total += entries * 8
-        elif merger.rule.family == "geometric":
-            total += entries * width * (count + 1)
-        elif merger.rule.family in ("spectral", "gram") and len(shape) == 2:
-            short, inner = min(shape), shape[1]
-            square = short if merger.rule.family == "spectral" else inner
-            total += 8 * (3 * entries + 4 * square * square + sum(shape) * short)
-        elif not merger.rule.per_tensor:
-            total += entries * width * (count + 1)
+        if not merger.rule.per_tensor:
+            total += entries * width * (len(merger.models) + 1)
+        elif merger.decomposes and is_decomposed(merger, key):
+            if merger.rule.family == "gram":
+                total += 8 * (4 * entries + 5 * shape[1] ** 2)
+            else:
+                total += 8 * 9 * entries
     return total
+
+
+def is_decomposed(merger: Merger, key: str) -> bool:
+    """Whether a tensor counts as a matrix for the method."""
+    patterns = merger.kwargs.get("non_matrix", merger.rule.parameters.get("non_matrix", NON_MATRIX))
+    return is_matrix(key, len(merger.views[0].shape(key)), patterns)
 
 
 def peak_memory(merger: Merger, threads: int) -> int:

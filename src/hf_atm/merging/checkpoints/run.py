@@ -137,10 +137,9 @@ class Run:
 
     def _vectors(self, step: Step) -> dict[str, Any]:
         merger = self.job.merger
-        merged = merger.vectors(step.keys)
-        if not merger.fused:
-            for key, vector in merged.items():
-                write_at(self._descriptors[SCRATCH_NAME], vector.cpu(), self._offsets[key])
+        merged = {} if merger.fused else merger.vectors(step.keys)
+        for key, vector in merged.items():
+            write_at(self._descriptors[SCRATCH_NAME], vector.cpu(), self._offsets[key])
         return {"norms": merger.norms(step.keys, merged)}
 
     def _write(self, step: Step) -> dict[str, Any]:
