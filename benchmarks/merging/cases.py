@@ -110,24 +110,28 @@ def elementwise_cases(name: str, data: Checkpoints) -> dict[str, Case]:
     return cases
 
 
-def spectral_cases(name: str, data: Checkpoints) -> dict[str, Case]:
+def spectral_case(method: str, data: Checkpoints, **ours: Any) -> Case:
     parameters = {"non_matrix": NON_MATRIX}
+    return Case(
+        data,
+        1.0,
+        {
+            "ours": Arm(method, {**parameters, **ours}),
+            "plain-svd": Arm(method, parameters),
+            "fusion_bench": Arm(method, parameters),
+            "svd-float64": Arm(method, parameters, "float64", once=True),
+        },
+        "float32",
+        "The same formula; svd-float64 is the reference.",
+    )
+
+
+def spectral_cases(name: str, data: Checkpoints, share: float) -> dict[str, Case]:
+    # Left to itself iso_c spreads the spectrum over the numerical rank here, which the smallest singular value of a
+    # random square matrix now and then falls out of; the others spread it over all directions.
     return {
-        f"{name}-{method}": Case(
-            data,
-            1.0,
-            {
-                "ours": Arm(method, {**parameters, **ours}),
-                "plain-svd": Arm(method, parameters),
-                "fusion_bench": Arm(method, parameters),
-                "svd-float64": Arm(method, parameters, "float64", once=True),
-            },
-            "float32",
-            "The same formula; svd-float64 is the reference.",
-        )
-        # Left to itself ours spreads the spectrum over the numerical rank, which the smallest singular value of a random
-        # square matrix now and then falls out of; the others spread it over all directions.
-        for method, ours in (("tsv_m", {}), ("iso_c", {"rank_rule": "full"}))
+        f"{name}-tsv_m": spectral_case("tsv_m", data.scaled(share)),
+        f"{name}-iso_c": spectral_case("iso_c", data, rank_rule="full"),
     }
 
 
@@ -174,15 +178,15 @@ def adapter_cases(data: Adapters) -> dict[str, Case]:
 def all_cases(scale: float) -> dict[str, Case]:
     """Every case by name; `scale` is the share of layers and vocabulary, see [`Checkpoints.scaled`].
 
-    Decompositions cost the same in every layer and peers take minutes for a whole model, so that spectral cases and
-    TIES over the whole model, of which FusionBench holds many copies, get fewer layers.
+    Decompositions of every task cost the same in every layer and take peers many minutes for a whole model, so that
+    TSV-M gets fewer layers, as does TIES over the whole model, of which FusionBench holds many copies.
     """
     llama, bert = CHECKPOINTS["llama"].scaled(scale), CHECKPOINTS["bert"].scaled(scale)
     return {
         **elementwise_cases("llama", llama),
         **elementwise_cases("bert", bert),
-        **spectral_cases("llama", llama.scaled(1 / 8)),
-        **spectral_cases("bert", bert.scaled(1 / 6)),
+        **spectral_cases("llama", llama, 1 / 8),
+        **spectral_cases("bert", bert, 1 / 6),
         **ties_over_models(llama.scaled(1 / 4)),
         **adapter_cases(Adapters()),
     }

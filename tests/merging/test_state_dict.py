@@ -76,8 +76,10 @@ def test_equals_base_plus_merged_task_vectors(method):
     merged = merge_state_dicts(experts, base, method, names=names, scaling_coefficient=0.4, **kwargs_for(method))
     for key in base:
         # Both add in float64, one of them with the factors drawn together: at most the last float32 bit may differ.
+        # Matrices of float32 models are multiplied out of their singular vectors in float32.
+        rounding = 1e-6 * float(vector[key].abs().max()) if method in ("iso_c", "iso_cts", "tsv_m") else 1e-15
         expected = (base[key].double() + vector[key]).float()
-        torch.testing.assert_close(merged[key], expected, rtol=1.2e-7, atol=1e-15)
+        torch.testing.assert_close(merged[key], expected, rtol=1.2e-7, atol=rounding)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -88,7 +90,7 @@ def test_norm_scale_equals_that_of_the_task_vectors(method):
     vector = merge_task_vectors(vectors, method, names=names, scaling_coefficient="norm", **kwargs_for(method))
     merged = merge_state_dicts(experts, base, method, names=names, scaling_coefficient="norm", **kwargs_for(method))
     for key in base:
-        torch.testing.assert_close(merged[key], (base[key].double() + vector[key]).float(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(merged[key], (base[key].double() + vector[key]).float(), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

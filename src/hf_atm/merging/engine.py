@@ -77,6 +77,9 @@ class ModelView(LazyTensors):
     def dtype(self, key: str) -> torch.dtype:
         return self.plan.dtypes[key]
 
+    def stored_dtype(self, key: str) -> torch.dtype:
+        return self.state[key].dtype
+
     def chunk(self, key: str, start: int, stop: int) -> Tensor:
         piece = self._part(key, slice(start, stop))
         check_finite(piece, key, self.name)

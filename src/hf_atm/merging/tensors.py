@@ -28,6 +28,10 @@ class LazyTensors(Mapping[str, Tensor]):
     def dtype(self, key: str) -> torch.dtype:
         """Type in which a tensor is read."""
 
+    def stored_dtype(self, key: str) -> torch.dtype:
+        """Type of what the tensor is computed from, where it is read in a wider one."""
+        return self.dtype(key)
+
     @abstractmethod
     def chunk(self, key: str, start: int, stop: int) -> Tensor:
         """The flat entries `[start, stop)` of a tensor, shape `(stop - start,)`."""
@@ -54,6 +58,12 @@ class Task:
         """Type in which `tensor` and `chunk` give a tensor: float64 for float64, else float32."""
         stored = self.tensors.dtype(key) if isinstance(self.tensors, LazyTensors) else self.tensors[key].dtype
         return result_dtype(stored)
+
+    def product_dtype(self, key: str) -> torch.dtype:
+        """Type of matrix products that need no more digits than the weights: float64 for those in float64, else float32."""
+        return (
+            result_dtype(self.tensors.stored_dtype(key)) if isinstance(self.tensors, LazyTensors) else self.dtype(key)
+        )
 
     def tensor(self, key: str) -> Tensor:
         """A whole tensor, detached, in the type of `dtype`; half types convert exactly."""

@@ -109,9 +109,11 @@ def reshape_spectrum(
     strong, vectors, weak = _spectrum(tall, rank_cutoff(matrix) if cutoff is None else cutoff)
     reshaped = shape(torch.cat([strong, weak[1]]))
     factors = vectors.to(dtype) * (reshaped[: len(strong)] / strong).sqrt().to(dtype)
-    result = tall.to(dtype) @ gram_matrix(factors.T)
-    result += (weak[0] * reshaped[len(strong) :]).to(dtype) @ weak[2].T.to(dtype)
-    return result if is_tall else result.T
+    metric = gram_matrix(factors.T)
+    left, right = (weak[0] * reshaped[len(strong) :]).to(dtype), weak[2].to(dtype)
+    if is_tall:
+        return torch.addmm(left @ right.T, matrix.to(dtype), metric)
+    return torch.addmm(right @ left.T, metric, matrix.to(dtype))
 
 
 def rank_cutoff(matrix: Tensor) -> float:

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..elementwise.chunks import plain_sum
+from ..elementwise.chunks import CHUNK, plain_sum
 from ..linear import linear_coefficients
 from ..tensors import Task, sorted_keys
 from .fused import qkv_groups, split_dimension
@@ -75,13 +75,37 @@ class TaskMatrices:
         """Type of the merged matrix."""
         return self.tasks[0].dtype(self.parts[0].key)
 
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Type in which the merged matrix is multiplied out of factors; it has the digits of the models' weights."""
+        wide = any(task.product_dtype(self.parts[0].key) == torch.float64 for task in self.tasks)
+        return torch.float64 if wide else torch.float32
+
     def total(self) -> Tensor:
-        """Sum over the tasks, with one of them in memory at a time."""
+        """Sum over the tasks, chunk by chunk where rows are whole, else with one of them in memory at a time."""
+        if all(part.dim == 0 for part in self.parts):
+            sums = [self._sum_of_rows(part) for part in self.parts]
+            return torch.cat(sums) if len(sums) > 1 else sums[0]
         matrices = iter(self)
         total = next(matrices).clone()
         for matrix in matrices:
             total += matrix.to(total.device)
         return total
+
+    def _sum_of_rows(self, part: Part) -> Tensor:
+        shape = self.tasks[0].shape(part.key)
+        width = prod(shape[1:])
+        first, last = part.start * width, part.stop * width
+        total: Tensor | None = None
+        for start in range(first, last, CHUNK):
+            stop = min(last, start + CHUNK)
+            for task in self.tasks:
+                chunk = task.chunk(part.key, start, stop)
+                if total is None:
+                    total = torch.zeros(last - first, dtype=torch.float64, device=chunk.device)
+                total[start - first : stop - first].add_(chunk.to(total.device), alpha=task.weight)
+        assert total is not None, "Empty tensors are no matrices."
+        return total.view(-1, width)
 
 
 MatrixRule = Callable[[TaskMatrices], Tensor]

@@ -185,8 +185,9 @@ def _decorrelate(matrices: TaskMatrices) -> Tensor:
     if len(matrices) == 1:
         return matrices[0].to(matrices.dtype)
     parts = [thin_svd(matrix, max(1, min(matrix.shape) // len(matrices))) for matrix in matrices]
-    left, right = _polar_sides(parts, matrices.dtype)
-    return (left * torch.cat([part[1] for part in parts]).to(matrices.dtype)) @ right.T
+    dtype = matrices.product_dtype
+    left, right = _polar_sides(parts, dtype)
+    return (left * torch.cat([part[1] for part in parts]).to(dtype)) @ right.T
 
 
 def _join_spaces(matrices: TaskMatrices, common_space_fraction: float, flipped: frozenset[str]) -> Tensor:
@@ -203,9 +204,9 @@ def _join_spaces(matrices: TaskMatrices, common_space_fraction: float, flipped: 
         # What is left of a task inside the common space is rounding, although it has a rank of its own.
         kept = values > rank_cutoff(matrix) * torch.linalg.vector_norm(matrix) / rank**0.5
         parts.append((left[:, kept], values[kept], right[:, kept]))
-    values = torch.cat([part[1] for part in parts])
-    left, right = _polar_sides(parts, matrices.dtype)
-    merged = (left * (values.sum() / max(1, values.numel())).to(matrices.dtype)) @ right.T
+    values, dtype = torch.cat([part[1] for part in parts]), matrices.product_dtype
+    left, right = _polar_sides(parts, dtype)
+    merged = (left * (values.sum() / max(1, values.numel())).to(dtype)) @ right.T
     return merged.T if is_flipped else merged
 
 
@@ -215,12 +216,12 @@ def _polar_sides(parts: Sequence[Triplets], dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _flatten_spectrum(matrices: TaskMatrices, rank_rule: str, a: float) -> Tensor:
-    matrix, dtype = matrices.total(), matrices.dtype
+    matrix = matrices.total()
     if a == 1:
-        return matrix.to(dtype)
+        return matrix.to(matrices.dtype)
 
     def shape(values: Tensor) -> Tensor:
         powers = values.pow(a)
         return powers * (values.sum() / powers.sum())
 
-    return reshape_spectrum(matrix, shape, dtype, cutoff=0.0 if rank_rule == "full" else None)
+    return reshape_spectrum(matrix, shape, matrices.product_dtype, cutoff=0.0 if rank_rule == "full" else None)
