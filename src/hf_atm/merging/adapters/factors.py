@@ -54,8 +54,8 @@ def column_signs(matrix: Tensor) -> Tensor:
     """Factors of plus or minus one, shape `(columns,)`, that make each column's entry of largest magnitude positive."""
     if matrix.numel() == 0:
         return matrix.new_ones(matrix.shape[1])
-    largest = matrix.abs().argmax(dim=0, keepdim=True)
-    return torch.where(matrix.gather(0, largest)[0] < 0, -1.0, 1.0).to(matrix)
+    least, largest = torch.aminmax(matrix, dim=0)
+    return torch.where(-least > largest, -1.0, 1.0).to(matrix)
 
 
 @dataclass(frozen=True)

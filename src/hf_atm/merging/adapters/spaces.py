@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factors import Dense, LowRank, column_signs, lifted, numerical_rank
+from .factors import RANK_TOLERANCE, Dense, LowRank, column_signs, lifted, numerical_rank
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class KnotsSpace:
         return LowRank(self.lifting, part.double())
 
 
-def core_space(updates: Sequence[LowRank], pad: bool = False) -> CoreSpace:
+def core_space(updates: Sequence[LowRank], pad: bool = False, any_basis: bool = False) -> CoreSpace:
     """
     Finds the core space of one module.
 
@@ -78,6 +78,9 @@ def core_space(updates: Sequence[LowRank], pad: bool = False) -> CoreSpace:
         pad (`bool`, *optional*, defaults to `False`): whether to bring the cores, with zeros, up to T times the largest
             rank of a task (but not beyond the module's shape). Methods that give each task a share of a matrix's
             directions then see as many as in full space, even where the tasks share factors or differ in rank.
+        any_basis (`bool`, *optional*, defaults to `False`): whether any orthonormal bases of the two spans do, as they
+            do for methods to which entries mean nothing. Where the factors are of full rank, two thirds of the time
+            are saved.
 
     Returns:
         `CoreSpace`: bases and cores.
@@ -88,6 +91,12 @@ def core_space(updates: Sequence[LowRank], pad: bool = False) -> CoreSpace:
     inner, columns = torch.linalg.qr(torch.cat([update.right for update in updates]).T)
     ranks = [update.rank for update in updates]
     small = [row @ column.T for row, column in zip(rows.split(ranks, 1), columns.split(ranks, 1), strict=True)]
+    if (
+        any_basis
+        and len(set(ranks)) == 1
+        and all(_is_full(core) for core in (torch.cat(small, 1), torch.cat(small).T))
+    ):
+        return CoreSpace(outer, inner, small)
     left, turned = _rotated(outer, _range(torch.cat(small, dim=1)))
     right, mirrored = _rotated(inner, _range(torch.cat([core.T for core in small], dim=1)))
     cores = [turned.T @ core @ mirrored for core in small]
@@ -114,6 +123,12 @@ def knots_space(updates: Sequence[LowRank]) -> KnotsSpace:
     values = torch.cat(core.parts, dim=1).norm(dim=1)
     parts = [(part / values[:, None]) @ core.right.T for part in core.parts]
     return KnotsSpace(core.left * values, parts)
+
+
+def _is_full(matrix: Tensor) -> bool:
+    """Whether the rows of a wide matrix are independent, beyond all doubt that squaring them may cast on it."""
+    squares = torch.linalg.eigvalsh(matrix @ matrix.T)
+    return bool(squares[0] > 100 * RANK_TOLERANCE**2 * squares[-1])
 
 
 def _range(matrix: Tensor) -> Tensor:

@@ -159,11 +159,15 @@ def _merge_dense(merge: Merge, dtype: torch.dtype) -> dict[str, Update]:
 
 
 def _merge_in_space(merge: Merge) -> dict[str, Update]:
-    pad = get_merge_method(merge.method).family == "spectral"
+    family = get_merge_method(merge.method).family
     spaces: dict[str, CoreSpace | KnotsSpace] = {}
     for module in merge.layouts:
         updates = merge.updates(module)
-        found = knots_space(updates) if merge.space == "knots" else core_space(updates, pad)
+        found = (
+            knots_space(updates)
+            if merge.space == "knots"
+            else core_space(updates, pad=family == "spectral", any_basis=family != "elementwise")
+        )
         if found.parts[0].numel():
             spaces[module] = found
     vectors: list[dict[str, Tensor]] = [{} for _ in merge.adapters]
