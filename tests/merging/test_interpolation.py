@@ -185,7 +185,7 @@ def test_one_tensor_at_a_time_gives_the_same(method):
 
 
 def test_inner_products_of_several_chunks(monkeypatch):
-    monkeypatch.setattr("hf_atm.merging.interpolation._CHUNK", 7)
+    monkeypatch.setattr("hf_atm.merging.interpolation.CHUNK", 7)
     vectors = arrays(3)
     gram = inner_products(canonical_tasks([{"w": torch.tensor(v)} for v in vectors], [1, 1, 1], THREE), "w")
     np.testing.assert_allclose(gram.numpy(), np.array(vectors) @ np.array(vectors).T, atol=1e-12)

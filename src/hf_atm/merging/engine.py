@@ -14,11 +14,8 @@ from .plan import MergePlan, State
 from .postprocess.registry import apply_post_processors, prepare_post_processors
 from .registry import MergeMethod
 from .task_vectors import norm_scale
-from .tensors import LazyTensors, all_finite, check_finite, listed
+from .tensors import CHUNK, LazyTensors, all_finite, check_finite, listed
 
-
-# Entries per piece: small enough for the second-level cache, large enough to hide the interpreter.
-PIECE = 1 << 17
 
 Norms = dict[str, list[float]]
 Watch = Callable[[int, Tensor], None]
@@ -205,8 +202,8 @@ class Merger:
 
     def _squares(self, key: str, order: Sequence[int], merged: Tensor | None) -> list[float]:
         total, squares = self.task_vectors[0].shape(key).numel(), [0.0] * (len(order) + 1)
-        for start in range(0, total, PIECE):
-            stop = min(total, start + PIECE)
+        for start in range(0, total, CHUNK):
+            stop = min(total, start + CHUNK)
             pieces = [self.task_vectors[index].chunk(key, start, stop).double() for index in order]
             if merged is not None:
                 pieces.append(flat(merged)[start:stop].double())
@@ -240,13 +237,13 @@ class Merger:
         total = self.views[0].shape(key).numel()
         sources = self._sources(key, vector)
         device = self.device or sources[0].row.device
-        size, out_dtype = min(total, PIECE), self.plan.out_dtypes[key]
+        size, out_dtype = min(total, CHUNK), self.plan.out_dtypes[key]
         # Buffers that are used again stay in the cache; fresh ones would be paid for page by page.
         sums, terms = (torch.empty(size, dtype=torch.float64, device=device) for _ in range(2))
         single = torch.empty(size, dtype=torch.float32, device=device)
         rounded = torch.empty(size, dtype=out_dtype, device=device)
-        for start in range(0, total, PIECE):
-            count = min(total, start + PIECE) - start
+        for start in range(0, total, CHUNK):
+            count = min(total, start + CHUNK) - start
             piece = _weighted_piece(sources, start, sums[:count], terms[:count], watch)
             if out_dtype.itemsize < 4:
                 # Exact halves between two bfloat16 neighbours are common (three coarse values, simple weights). Float32
@@ -259,8 +256,8 @@ class Merger:
         if key in self.plan.rows:
             # The entries of a longer vocabulary follow those that all models share.
             rest = flat(self.plan.reference[key])[total:]
-            for start in range(0, rest.numel(), PIECE):
-                yield rest[start : start + PIECE].to(out_dtype)
+            for start in range(0, rest.numel(), CHUNK):
+                yield rest[start : start + CHUNK].to(out_dtype)
 
     def _sources(self, key: str, vector: Tensor | None) -> list[Source]:
         """What the result is a sum of; a coefficient of exactly one is no multiplication."""

@@ -13,7 +13,7 @@ from .elementwise.chunks import plain_sum
 from .linear import linear_coefficients
 from .registry import register_merge_method
 from .shares import shares
-from .tensors import Task, canonical_tasks, sorted_keys
+from .tensors import CHUNK, Task, canonical_tasks, sorted_keys
 
 
 # Beyond this cosine the great circle is a straight line, or (antipodes) not unique.
@@ -21,8 +21,6 @@ _PARALLEL = 0.9995
 
 # A norm this far below the largest is rounding noise and has no direction.
 _NORM_FLOOR = 1e-7
-
-_CHUNK = 1 << 17
 
 Rule = Callable[[Tensor], Sequence[float]]
 
@@ -42,8 +40,8 @@ def inner_products(tasks: Sequence[Task], key: str) -> Tensor:
     """
     total = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     size = tasks[0].shape(key).numel()
-    for start in range(0, size, _CHUNK):
-        rows = torch.stack([task.chunk(key, start, min(start + _CHUNK, size)).double() for task in tasks])
+    for start in range(0, size, CHUNK):
+        rows = torch.stack([task.chunk(key, start, min(start + CHUNK, size)).double() for task in tasks])
         total += (rows @ rows.T).cpu()
     return total
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 MAX_LISTED = 20
 
+# Entries handled at once: few enough for the cache, enough that two threads seldom wait for each other's interpreter.
+CHUNK = 1 << 17
+
 
 class LazyTensors(Mapping[str, Tensor]):
     """A mapping whose tensors are computed or read when asked for, and whose shapes and pieces are cheap."""

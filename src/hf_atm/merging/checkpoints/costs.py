@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..engine import PIECE, Merger
+from ..engine import Merger
 from ..spectral.matrices import NON_MATRIX, is_matrix
+from ..tensors import CHUNK
 
 
 def step_cost(merger: Merger, part: Sequence[str]) -> float:
@@ -27,14 +28,16 @@ def workspace(merger: Merger, part: Sequence[str]) -> int:
     Plain sums hold a few pieces; elementwise and geometric methods the merged tensor and pieces of all tasks; spectral
     and Gram methods float64 factors, and squares of the inner side, which is rough: methods differ by a factor of two.
     """
-    pieces = PIECE * 8 * (len(merger.models) + 4)
     if merger.fused:
-        return pieces if merger.needs_norms else PIECE * 8 * 4
-    total = pieces
+        return CHUNK * 8 * (len(merger.models) + 4 if merger.needs_norms else 4)
+    total = CHUNK * 8 * (2 * len(merger.models) + 6)
     for key in part:
         shape = merger.views[0].shape(key)
         entries, width = shape.numel(), merger.plan.dtypes[key].itemsize
         total += entries * width
+        if "majority_sign_method" in merger.rule.parameters:
+            # Both outcomes of the votes that end in a draw; few in float32, one in ten in bfloat16.
+            total += entries
         if not merger.rule.per_tensor:
             total += entries * width * (len(merger.models) + 1)
         elif merger.decomposes and is_decomposed(merger, key):

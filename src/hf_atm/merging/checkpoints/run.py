@@ -15,7 +15,8 @@ import xxhash
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ..engine import PIECE, Merger, flat
+from ..engine import Merger, flat
+from ..tensors import CHUNK
 from .job import Job, Step, has_scratch, offset_step, scratch_size
 from .layout import Layout, Place, bytes_of, write_at
 from .processes import Processes, share_out
@@ -258,7 +259,7 @@ def _label(step: Step) -> str:
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     row = flat(tensor)
-    return (row[start : start + PIECE] for start in range(0, row.numel(), PIECE))
+    return (row[start : start + CHUNK] for start in range(0, row.numel(), CHUNK))
 
 
 def _add(digests: Sequence[Any], number: int, piece: Tensor) -> None:

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from ..linear import linear_coefficients
-from ..tensors import Task, sorted_keys, weighted_sum
+from ..tensors import CHUNK, Task, sorted_keys, weighted_sum
 
-
-# Entries per chunk: T chunks and their accumulators fit into the second-level cache of a core.
-CHUNK = 1 << 16
 
 # Biases, norms and scalars are too small for a density to mean anything.
 MIN_SPARSE_NUMEL = 100

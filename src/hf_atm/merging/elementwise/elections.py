@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from ..tensors import Task
 from .chunks import Drop, merge_chunks, spans
 
+
+_width = attrgetter("itemsize")
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -100,7 +103,7 @@ def merge_elected(
         `Tensor`: merged tensor, float32 (float64 for float64 inputs).
     """
     balance = 0
-    drawn: list[tuple[Tensor, Tensor]] = []
+    drawn: list[tuple[int, Tensor, Tensor]] = []
 
     def combine(start: int, chunks: list[Tensor]) -> Tensor:
         nonlocal balance
@@ -115,13 +118,14 @@ def merge_elected(
         if len(where):
             # The majority is known at the end only; until then both outcomes are kept.
             minus = torch.full((len(where),), -1.0, dtype=signs.dtype, device=signs.device)
-            drawn.append((start + where, election.merge([value[where] for value in values], minus)))
+            outcome = election.merge([value[where] for value in values], minus)
+            drawn.append((start, where.int(), outcome.to(max((value.dtype for value in values), key=_width))))
         return merged
 
     merged = merge_chunks(tasks, key, combine, multiple)
     if balance < 0:
-        for where, value in drawn:
-            merged.view(-1)[where] = value.to(merged.dtype)
+        for start, where, outcome in drawn:
+            merged.view(-1)[start + where.long()] = outcome.to(merged.dtype)
     return merged
 
 

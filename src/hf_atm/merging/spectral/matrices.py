@@ -10,9 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..elementwise.chunks import CHUNK, plain_sum
+from ..elementwise.chunks import plain_sum
 from ..linear import linear_coefficients
-from ..tensors import Task, sorted_keys
+from ..tensors import CHUNK, Task, sorted_keys
 from .fused import qkv_groups, split_dimension
 
 
