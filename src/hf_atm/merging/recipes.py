@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints.merge import CheckpointMerge, merge_checkpoints, push
+from .checkpoints.merge import CheckpointMerge, merge_checkpoints
 from .checkpoints.reader import is_adapter, resolve_model
 from .checkpoints.recipe import DTYPES, MergeRecipe, read_recipe
 from .checkpoints.staging import check_output
+from .hub import check_upload, push
 
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def _merge_adapters(
         settings["dtype"] = DTYPES[recipe.out_dtype]
     if options.get("dry_run"):
         return merge_adapters(folders, recipe.merge_method, weights, **settings)
+    if options.get("push_to_hub"):
+        check_upload(options["push_to_hub"])
     result = merge_adapter_folders(folders, output_dir, weights=weights, method=recipe.merge_method, **settings)
     if options.get("push_to_hub"):
         push(output_dir, options["push_to_hub"], options.get("private", True))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..hub import check_upload, push
 from .costs import peak_memory
 from .job import Job, check_disk, open_job
 from .processes import Processes
@@ -134,6 +135,8 @@ def merge_checkpoints(
     workers = max(1, _cores() // processes.local_count) if threads is None else threads
     device = processes.place(device)
     _check_options(workers, device)
+    if push_to_hub is not None and not dry_run:
+        processes.on_main(check_upload, push_to_hub)
     job = open_job(recipe, max_shard_size, device)
     try:
         # One process looks, before it makes something that the others would find in the way.
@@ -159,15 +162,6 @@ def _check_options(threads: int, device: str | None) -> None:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device={device!r} is not available here ({reason}).") from error
-
-
-def push(folder: str | os.PathLike, repo_id: str, private: bool = True) -> str:
-    """Uploads a finished folder to the Hub in one commit; returns the commit's address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo.repo_id, folder_path=str(folder), commit_message="Merged with hf-atm"))
 
 
 def _carry_out(
