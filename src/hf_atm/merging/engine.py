@@ -14,7 +14,7 @@ from .plan import MergePlan, State
 from .postprocess.registry import apply_post_processors, prepare_post_processors
 from .registry import MergeMethod
 from .task_vectors import norm_scale
-from .tensors import CHUNK, LazyTensors, all_finite, check_finite, listed
+from .tensors import CHUNK, LazyTensors, all_finite, check_finite, converted, listed
 
 
 Norms = dict[str, list[float]]
@@ -173,6 +173,25 @@ class Merger:
                 self.postprocess, self.plan.leaders, self.task_vectors, self.weights, self.names, self.rule.name
             )
 
+    def rehearse(self) -> None:
+        """
+        Merges the smallest tensor and the smallest matrix, and throws them away.
+
+        Weights and keywords that the method cannot work with show here, and not after minutes.
+        """
+        if self.fused:
+            assert self.shares is not None
+            return
+        if "statistics" in self.rule.parameters:
+            # They are of all tensors, and checked against their names.
+            return
+        sizes = {part[0]: sum(self.views[0].shape(key).numel() for key in part) for part in self.parts}
+        by_size = sorted(self.parts, key=lambda part: (sizes[part[0]], part))
+        matrices = [part for part in by_size if len(self.views[0].shape(part[0])) > 1]
+        for part in [*by_size[:1], *matrices[:1]]:
+            views = [view.only(part) for view in self.views]
+            self.rule.function(views, self.weights, self.names, **self.kwargs)
+
     def vectors(self, part: Sequence[str]) -> dict[str, Tensor]:
         """Merged task vectors (parameters, where the method merges those) of one part, before any scale."""
         views = [view.only(part) for view in self.views]
@@ -257,7 +276,7 @@ class Merger:
             # The entries of a longer vocabulary follow those that all models share.
             rest = flat(self.plan.reference[key])[total:]
             for start in range(0, rest.numel(), CHUNK):
-                yield rest[start : start + CHUNK].to(out_dtype)
+                yield converted(rest[start : start + CHUNK], out_dtype, key)
 
     def _sources(self, key: str, vector: Tensor | None) -> list[Source]:
         """What the result is a sum of; a coefficient of exactly one is no multiplication."""

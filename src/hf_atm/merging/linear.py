@@ -68,8 +68,8 @@ def linear_coefficients(
         divisor = math.fsum(weights)
         if abs(divisor) <= 1e-12 * math.fsum(abs(weight) for weight in weights):
             raise ValueError(
-                f"The merge weights {list(weights)} sum to zero and cannot be normalised; change them or pass "
-                "normalize=False."
+                f"The merge weights {list(weights)} sum to zero, so that there is no mean; change them, or use a method "
+                "that sums, such as task_arithmetic."
             )
     return [scaling_coefficient * (weight / divisor) for weight in weights]
 

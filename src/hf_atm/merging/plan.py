@@ -24,6 +24,10 @@ VOCAB_POLICIES = ("error", "common")
 _VOCABULARY = ("*embed*", "*lm_head*", "*wte.*", "shared.weight", "*.shared.weight", "*predictions*")
 
 
+# Integers under these names are weights of bitsandbytes, GPTQ or AWQ; others are positions, masks and counters.
+_QUANTISED = ("*.weight", "weight", "*qweight", "*qzeros")
+
+
 @dataclass(frozen=True)
 class MergePlan:
     """The fate of every tensor of a merge.
@@ -172,6 +176,7 @@ def _is_vocabulary(key: str, shapes: Sequence[tuple[int, ...]]) -> bool:
     # Only rows differ, and there are many of them: a classifier's labels are not a vocabulary.
     return (
         matches(key, _VOCABULARY)
+        and all(shapes)
         and len({shape[1:] for shape in shapes}) == 1
         and min(shape[0] for shape in shapes if shape) > max(abs(a[0] - b[0]) for a in shapes for b in shapes)
         and not matches(key, ("*position*", "*token_type*"))
@@ -224,13 +229,18 @@ def _split_keys(
         if is_statistic(key, reference):
             if buffers == "pooled":
                 pooled.append(key)
+        elif len({state[key].is_floating_point() for state in inputs}) > 1:
+            raise ValueError(
+                f"Tensor '{key}' is floating point in some models and not in others (quantised?); save all in one "
+                "floating type, or name it in exclude."
+            )
         elif tensor.is_floating_point():
-            if not all(state[key].is_floating_point() for state in inputs):
-                raise ValueError(
-                    f"Tensor '{key}' is floating point in some models and not in others (quantised?); save all in one "
-                    "floating type, or name it in exclude."
-                )
             merged.append(key)
+        elif tensor.dtype != torch.bool and matches(key, _QUANTISED):
+            raise ValueError(
+                f"Tensor '{key}' holds weights as integers ({tensor.dtype}); dequantise the models before merging, or "
+                "name it in exclude."
+            )
         else:
             pooled.append(key)
     return merged, pooled

@@ -15,7 +15,7 @@ from .plan import VOCAB_POLICIES, MergePlan, State, plan_merge, with_tied_tables
 from .postprocess.registry import check_post_processors
 from .registry import MergeMethod, get_merge_method
 from .task_vectors import resolve_scale
-from .tensors import check_finite, check_names, check_weights, content_names
+from .tensors import FLOATING, check_finite, check_names, check_weights, content_names, converted
 from .tying import alias_of, complete_ties
 
 
@@ -103,12 +103,17 @@ def merge_state_dicts(
         method_kwargs["min_sparse_numel"] = min_sparse_numel
     method_kwargs, scale = resolve_scale(method, method_kwargs, scaling_coefficient)
     if buffers not in ("pooled", "base"):
-        raise ValueError(f"buffers={buffers!r} is unknown; choose 'pooled' or 'base'.")
+        hint = "; call recalibrate_batch_norm on the merged model" if buffers == "recalibrate" else ""
+        raise ValueError(f"buffers={buffers!r} is unknown; choose 'pooled' or 'base'{hint}.")
     if vocab_policy not in VOCAB_POLICIES:
         raise ValueError(f"vocab_policy={vocab_policy!r} is unknown; choose {' or '.join(map(repr, VOCAB_POLICIES))}.")
     check_post_processors(postprocess)
     if isinstance(exclude, str):
         raise ValueError(f"exclude must be a list of name patterns; write exclude=[{exclude!r}].")
+    if dtype is not None and dtype not in FLOATING:
+        raise ValueError(f"dtype={dtype!r} is no type for weights; choose one of {', '.join(map(str, FLOATING))}.")
+    if isinstance(state_dicts, (Mapping, nn.Module)):
+        raise ValueError("state_dicts is one model; give a list of at least one state dict or module.")
     models = [_as_dict(item) for item in state_dicts]
     if not models:
         raise ValueError("There is nothing to merge: state_dicts is empty.")
@@ -178,7 +183,8 @@ def _assemble(
             identity = alias_of(tensor) or key
             if key in statistics or identity not in copies:
                 copy = statistics.get(key, tensor.detach()).clone()
-                copies[identity] = copy.to(dtype) if dtype is not None and copy.is_floating_point() else copy
+                wanted = dtype if dtype is not None and copy.is_floating_point() else copy.dtype
+                copies[identity] = converted(copy, wanted, key)
             result[key] = copies[identity]
     return result
 

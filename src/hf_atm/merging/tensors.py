@@ -16,6 +16,9 @@ from torch import Tensor
 
 MAX_LISTED = 20
 
+# The types that weights are written in.
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 # Entries handled at once: few enough for the cache, enough that two threads seldom wait for each other's interpreter.
 CHUNK = 1 << 17
 
@@ -180,6 +183,23 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether a floating-point tensor holds no infinity and no NaN."""
     # The extremes carry both, and are found an order of magnitude faster than a mask of all entries.
     return tensor.numel() == 0 or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
+
+
+def converted(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    """
+    A tensor that is taken over as it is, in its type in the result.
+
+    Raises:
+        `ValueError`: if an entry is not a number, or finite and too large for the type; infinities, as in attention
+            masks, stay what they are.
+    """
+    result = tensor.to(dtype)
+    if result.is_floating_point() and not all_finite(result):
+        if bool(tensor.isnan().any()):
+            raise ValueError(f"Tensor '{key}' has entries that are not a number; nothing was merged.")
+        if bool((result.isinf() & tensor.isfinite()).any()):
+            raise ValueError(f"Tensor '{key}' overflows {dtype}; choose a wider output type.")
+    return result
 
 
 def check_finite(tensor: Tensor, key: str, task: str) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_atm.merging import read_recipe
+from hf_atm.merging.checkpoints.recipe import MergeRecipe, RecipeModel, read_recipe
 
 
 MODELS = [{"model": "./a", "parameters": {"weight": 0.5}}, {"model": "org/b"}]
@@ -24,8 +24,11 @@ def test_the_contract(tmp_path):
     assert recipe.merge_method == "ties" and recipe.base_model == "google-bert/bert-base-uncased"
     assert [(model.name, model.weight) for model in recipe.models] == [("./sst2", 0.5), ("./cola", 0.5)]
     assert recipe.parameters == {"density": 0.2, "scaling_coefficient": 1.0} and recipe.out_dtype == "bfloat16"
-    assert read_recipe(recipe) is recipe
+    assert read_recipe(recipe) == recipe
     assert read_recipe(tmp_path / "recipe.yaml").digest == recipe.digest
+
+
+B = {"model": "b", "parameters": {"density": 0.3}}
 
 
 def test_what_other_tools_call_otherwise():
@@ -34,7 +37,7 @@ def test_what_other_tools_call_otherwise():
             "merge_method": "ties",
             "base_model": "base",
             "dtype": "bfloat16",
-            "models": [{"model": "base"}, {"model": "a", "parameters": {"weight": 1, "density": 0.3}}, "b"],
+            "models": [{"model": "base"}, {"model": "a", "parameters": {"weight": 1, "density": 0.3}}, B],
             "parameters": {"normalize": False, "int8_mask": True, "lambda": 0.7},
         }
     )
@@ -52,6 +55,9 @@ def test_folders_are_looked_up_beside_the_recipe_and_named_by_their_last_part(tm
     recipe = read_recipe(tmp_path / "recipe.json")
     assert [model.model for model in recipe.models] == [str(tmp_path / "x/sst2"), str(tmp_path / "x/cola")]
     assert [model.name for model in recipe.models] == ["sst2", "grammar"]
+
+
+TIES = {"merge_method": "ties", "base_model": "base"}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,27 @@ def test_folders_are_looked_up_beside_the_recipe_and_named_by_their_last_part(tm
             ValueError,
             ["different densities [0.1, 0.2]"],
         ),
+        (
+            {"models": [{"model": "a", "parameters": {"density": 0.1}}, "b"]},
+            ValueError,
+            ["density 0.1", "others none"],
+        ),
+        (
+            {"models": ["a", B, B | {"name": "c"}][1:], **TIES, "parameters": {"density": 0.1}},
+            ValueError,
+            ["density=0.1"],
+        ),
+        ({**TIES, "parameters": {"lambda": 1, "scaling_coefficient": 2}}, ValueError, ["'lambda'", "one of them"]),
+        (
+            {**TIES, "parameters": {"normalize": True, "merge_func": "sum"}},
+            ValueError,
+            ["'normalize'", "'merge_func'"],
+        ),
+        ({"models": [{"model": "a", "parameters": [1]}]}, ValueError, ["'a'", "parameters=[1]"]),
+        ({"merge_method": ["ties"]}, ValueError, ["'merge_method' must be a text"]),
+        ({"base_model": 3}, ValueError, ["'base_model' must be a text"]),
+        ({"exclude": [3]}, ValueError, ["'exclude'", "3 is none"]),
+        ({"adapters": "svd"}, ValueError, ["'adapters' must be a mapping"]),
         ({"merge_method": "regmean"}, ValueError, ["regmean", "statistics", "'./a'"]),
     ],
 )
@@ -112,3 +139,23 @@ def test_wrong_files(tmp_path):
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(ValueError, match="must be a mapping"):
         read_recipe(tmp_path / "list.yaml")
+
+
+def test_the_base_is_known_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("base")
+    for alias in ("./base", "base/", str(tmp_path / "base"), "link"):
+        recipe = read_recipe({"merge_method": "ties", "base_model": "base", "models": [alias, "a"]})
+        assert [model.model for model in recipe.models] == ["a"]
+        slerp = read_recipe({"merge_method": "slerp", "base_model": "base", "models": ["a", alias]})
+        assert [model.model for model in slerp.models] == [alias, "a"]
+
+
+def test_recipes_made_in_python_are_checked_too():
+    models = [RecipeModel("a", "a"), RecipeModel("b", "b")]
+    assert read_recipe(MergeRecipe(models)).merge_method == "mean"
+    for wrong in ({"parameters": {"density": 5}}, {"parameters": {"densty": 0.2}}, {"models": [models[0], models[0]]}):
+        with pytest.raises(ValueError):
+            read_recipe(MergeRecipe(**{"models": models, "merge_method": "ties", "base_model": "base", **wrong}))

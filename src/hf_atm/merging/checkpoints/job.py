@@ -22,9 +22,10 @@ from ..state_dict import check_base_free
 from ..tying import tied_by_content
 from .costs import step_cost
 from .layout import Layout, meta_tensors, plan_layout
-from .reader import CheckpointReader, resolve_model
+from .reader import CheckpointReader, identify, is_adapter, resolve_model
 from .recipe import DTYPES, MergeRecipe
 from .side_files import list_side_files, tokenizer_files
+from .staging import staging_folder
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Job:
         return {
             "recipe": self.recipe.digest,
             "inputs": [reader.identity() for reader in self.readers],
+            "statistics": [identify(Path(model.statistics)) for model in self.recipe.models if model.statistics],
             "files": {
                 file: digest_text(header.decode("utf-8", "replace"))
                 for layout in (self.layout, *self.private.values())
@@ -121,9 +123,16 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
         base = CheckpointReader(resolve_model(recipe.base_model, recipe.base_revision))
     else:
         check_base_free(rule, scale, recipe.buffers, recipe.postprocess)
+    adapters = [
+        str(reader.path) for reader in (*readers, *([base] if base is not None else [])) if is_adapter(reader.path)
+    ]
+    if adapters or recipe.adapters:
+        what = f"{adapters[0]!r} is an adapter" if adapters else "recipe key 'adapters' is for adapters"
+        raise ValueError(f"{what}, and factors must not be averaged on their own; use merge_adapters or hf-atm merge.")
     private = _private_layouts(recipe, readers)
     inputs = [*readers, base] if base is not None else list(readers)
-    copies = tied_by_content(inputs, _ties_embeddings(inputs))
+    reference = base if base is not None else readers[0]
+    copies = tied_by_content(inputs, _ties_embeddings(reference))
     # Where some files store a tied tensor twice and others once, the second copy goes; where all do, both are written.
     dropped = [copy for copy in copies if not all(copy in reader for reader in inputs)]
     views: list[Mapping[str, Tensor]] = [_Without(reader, dropped) if dropped else reader for reader in inputs]
@@ -165,7 +174,7 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
     notes = [str(warning.message) for warning in caught]
     if dropped:
         notes.append(f"Stored once, as they are tied to others: {', '.join(sorted(dropped))}.")
-    code = list_side_files(inputs[-1].path)[1] if not recipe.copy_code else []
+    code = list_side_files(reference.path)[1] if not recipe.copy_code else []
     if code:
         notes.append(f"Python files stay behind (copy_code: true takes them along): {', '.join(code)}.")
     layout = plan_layout(meta_tensors(_entries(plan, dtype)), max_shard_size)
@@ -184,7 +193,10 @@ def check_disk(job: Job, output: Path) -> None:
     folder = output.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    # What an interrupted merge has written is counted once.
+    staging = staging_folder(output)
+    there = sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in staging.rglob("*")) if staging.is_dir() else 0
+    free = shutil.disk_usage(folder).free + there
     if free < job.disk:
         raise OSError(
             f"The merge needs {job.disk / 1e9:.2f} GB at {str(output)!r} and {free / 1e9:.2f} GB are free; make room or "
@@ -234,13 +246,16 @@ class _Without(Mapping[str, Tensor]):
         return len(self.keys_)
 
 
-def _ties_embeddings(readers: Sequence[CheckpointReader]) -> bool:
+def _ties_embeddings(reference: CheckpointReader) -> bool:
     """Whether the result's configuration says that head and embeddings are one tensor (the default where it is silent)."""
-    path = os.path.join(readers[-1].path, "config.json")
+    path = os.path.join(reference.path, "config.json")
     if not os.path.isfile(path):
         return False
     with open(path, encoding="utf-8") as file:
-        return json.load(file).get("tie_word_embeddings", True) is not False
+        try:
+            return json.load(file).get("tie_word_embeddings", True) is not False
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is no configuration ({error}); fetch or write it again.") from error
 
 
 def _entries(plan: MergePlan, dtype: torch.dtype | None) -> list[tuple[str, torch.Size, torch.dtype]]:

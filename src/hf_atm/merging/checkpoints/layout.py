@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,17 @@ _TYPE_NAMES = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.complex64: "C64",
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+
+
+_POSITION = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ def plan_layout(tensors: dict[str, Tensor], max_shard_size: int | str, name: str
 
     if isinstance(max_shard_size, str) and max_shard_size.isdigit():
         max_shard_size = int(max_shard_size)
+    if isinstance(max_shard_size, int) and max_shard_size < 1:
+        raise ValueError(f"max_shard_size={max_shard_size} must be above 0, or a size such as '5GB'.")
     pattern = name.removesuffix(".safetensors") + "{suffix}.safetensors"
     try:
         split = split_state_dict_into_shards_factory(
@@ -116,8 +126,17 @@ def write_at(descriptor: int, tensor: Tensor, start: int) -> memoryview:
     data = bytes_of(tensor)
     written = 0
     while written < len(data):
-        written += os.pwrite(descriptor, data[written:], start + written)
+        written += _write(descriptor, data[written:], start + written)
     return data
+
+
+def _write(descriptor: int, data: memoryview, start: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, start)
+    # Windows can only move a file's one position.
+    with _POSITION:
+        os.lseek(descriptor, start, os.SEEK_SET)
+        return os.write(descriptor, data)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

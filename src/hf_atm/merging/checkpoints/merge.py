@@ -130,7 +130,8 @@ def merge_checkpoints(
     recipe = read_recipe(config_or_yaml)
     if out_dtype is not None:
         recipe = _with_dtype(recipe, out_dtype)
-    output = Path(output_dir)
+    # A link is followed, so that the result is put together on the disk where it will lie.
+    output = Path(output_dir).resolve()
     processes = Processes()
     workers = max(1, _cores() // processes.local_count) if threads is None else threads
     device = processes.place(device)
@@ -140,10 +141,11 @@ def merge_checkpoints(
     job = open_job(recipe, max_shard_size, device)
     try:
         # One process looks, before it makes something that the others would find in the way.
-        processes.on_main(check_output, output, overwrite)
+        processes.on_main(check_output, output, overwrite, [reader.path for reader in job.readers])
+        processes.on_main(check_disk, job, output)
+        processes.on_main(job.merger.rehearse)
         if dry_run:
             return _summary(job, output, workers, dry_run=True)
-        processes.on_main(check_disk, job, output)
         resumed, reloaded = _carry_out(job, output, processes, workers, reload, progress)
     finally:
         job.close()
@@ -203,7 +205,7 @@ def _carry_out(
 def _finish(job: Job, staging: Path, output: Path, reload: bool | None) -> str:
     for folder, names in job.side_files():
         copy_side_files(folder, staging, names)
-    set_config_dtype(staging, job.recipe.out_dtype)
+    set_config_dtype(staging, job.layout.tensors.values())
     check_files(staging, job.layout)
     if reload is None:
         reload = not same_structure(job.layout, job.reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,14 @@ class Processes:
         self._state: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
+            from torch import distributed
 
+            is_ours = not distributed.is_initialized()
             # What they exchange is small and lies on the CPU, wherever the arithmetic is done.
             self._state = PartialState(cpu=True)
+            if is_ours:
+                # Left to the end of the interpreter, threads of the group now and then abort the process.
+                atexit.register(self._state.destroy_process_group)
             if self._state.num_processes != int(os.environ["WORLD_SIZE"]):
                 raise RuntimeError(
                     f"{os.environ['WORLD_SIZE']} processes were started and do not see one another; start them with "

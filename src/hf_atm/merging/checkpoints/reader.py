@@ -18,7 +18,7 @@ ADAPTER_NAME = "adapter_config.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 # What a merge needs of a repository on the Hub; weights in other formats stay there.
-_HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken", "*.vocab", "*.bpe")
+_HUB_PATTERNS = tuple("*.safetensors *.json *.txt *.model *.jinja *.spm *.tiktoken *.vocab *.bpe *.py".split())
 
 
 def resolve_model(reference: str, revision: str | None = None) -> Path:
@@ -82,7 +82,7 @@ class CheckpointReader(Mapping[str, Tensor]):
 
     def _check_index(self) -> None:
         index = self.path / INDEX_NAME
-        if self.path.is_dir() and index.is_file():
+        if index in (file.parent / INDEX_NAME for file in self.files if file.name != WEIGHTS_NAME) and index.is_file():
             promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             missing = sorted(set(promised) - set(self._handles))
             if missing:
@@ -131,7 +131,12 @@ class CheckpointReader(Mapping[str, Tensor]):
 
     def identity(self) -> list[list[Any]]:
         """Name, size and time of every file: enough to see that none changed between two runs."""
-        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in self.files]
+        return [identify(file) for file in self.files]
+
+
+def identify(file: Path) -> list[Any]:
+    """Name, size and time of a file."""
+    return [file.name, file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def is_adapter(path: Path) -> bool:
@@ -145,7 +150,8 @@ def _weight_files(path: Path) -> list[Path]:
             raise ValueError(f"{path} is not a safetensors file; {_convert()}.")
         return [path]
     index = path / INDEX_NAME
-    if index.is_file():
+    # With both, transformers reads the single file.
+    if index.is_file() and not (path / WEIGHTS_NAME).is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:

@@ -12,20 +12,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..plan import VOCAB_POLICIES
 from ..postprocess.registry import check_post_processors
 from ..registry import check_merge_kwargs, get_merge_method
-from ..tensors import check_names, check_weights, nearest
+from ..tensors import FLOATING, check_names, check_weights, nearest
 
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 _MODEL_KEYS = ("model", "name", "revision", "parameters", "statistics")
 _MODEL_PARAMETERS = ("weight", "density")
 _ELSEWHERE = {
@@ -119,7 +112,7 @@ def read_recipe(source: str | os.PathLike | Mapping[str, Any] | MergeRecipe) -> 
             this library cannot, with the way out.
     """
     if isinstance(source, MergeRecipe):
-        return source
+        source = _content(source)
     folder = None
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -150,11 +143,22 @@ def _parse(content: Mapping[str, Any], folder: Path | None) -> MergeRecipe:
             raise ValueError(f"Recipe has an unknown key '{key}'; {nearest(str(key), [*fields, 'dtype'])}")
     values = {key: value for key, value in content.items() if key != "dtype" and value is not None}
     method = values.get("merge_method", "mean")
+    for label in ("merge_method", "base_model", "base_revision", "tokenizer_source"):
+        if not isinstance(values.get(label, ""), str):
+            raise ValueError(f"Recipe key '{label}' must be a text, got {values[label]!r}.")
     rule = get_merge_method(method)
     models, base, densities = _models(content.get("models"), values.get("base_model"), rule.requires_base, folder)
     for label in ("exclude", "task_specific_modules", "postprocess"):
         if label in values and (isinstance(values[label], str) or not isinstance(values[label], Sequence)):
             raise ValueError(f"Recipe key '{label}' must be a list; write {label}: [{values[label]!r}].")
+    for label in ("exclude", "task_specific_modules"):
+        wrong = [pattern for pattern in values.get(label, ()) if not isinstance(pattern, str)]
+        if wrong:
+            raise ValueError(f"Recipe key '{label}' must list name patterns, and {wrong[0]!r} is none.")
+    if not isinstance(values.get("adapters", {}), Mapping):
+        raise ValueError(
+            f"Recipe key 'adapters' must be a mapping such as {{output: svd}}, got {values['adapters']!r}."
+        )
     check_post_processors(values.get("postprocess", ()))
     for label in ("strict", "copy_code"):
         if not isinstance(values.get(label, True), bool):
@@ -162,11 +166,14 @@ def _parse(content: Mapping[str, Any], folder: Path | None) -> MergeRecipe:
     _choice(values, "buffers", ("pooled", "base"))
     _choice(values, "vocab_policy", VOCAB_POLICIES)
     values["out_dtype"] = _dtype(content)
-    if method == "slerp" and base is not None and base in [model.model for model in models]:
+    if method == "slerp" and base is not None and any(_same_place(model.model, base) for model in models):
         # Where the base is one of the two ends, it is the one at t = 0.
-        models, base = sorted(models, key=lambda model: model.model != base), None
+        start = base
+        models, base = sorted(models, key=lambda model: not _same_place(model.model, start)), None
     values["parameters"] = _parameters(method, values.get("parameters"), densities, models, folder)
     source = values.get("tokenizer_source", "base")
+    if source != "base" and source not in [model.name for model in models]:
+        values["tokenizer_source"] = source = _located(source, folder)
     if source not in ("base", *(model.name for model in models), *(model.model for model in models)):
         raise ValueError(
             f"tokenizer_source={source!r} is neither 'base' nor one of the models "
@@ -194,6 +201,8 @@ def _models(
                     f"Model {entry['model']!r} has an unknown key '{key}'; {nearest(str(key), _MODEL_KEYS)}"
                 )
         parameters = entry.get("parameters") or {}
+        if not isinstance(parameters, Mapping):
+            raise ValueError(f"Model {entry['model']!r} has parameters={parameters!r}; write {{weight: 1}}.")
         for key, value in parameters.items():
             if key not in _MODEL_PARAMETERS:
                 raise ValueError(
@@ -205,7 +214,7 @@ def _models(
                     "filters are not supported)."
                 )
         location = _located(entry["model"], folder)
-        if requires_base and location == base and not parameters:
+        if requires_base and base is not None and not parameters and _same_place(location, base):
             # Recipes often list the base among the models; its task vector is zero.
             continue
         densities += [float(parameters["density"])] if "density" in parameters else []
@@ -234,6 +243,23 @@ def _located(model: str, folder: Path | None) -> str:
     if folder is not None and not Path(model).expanduser().exists() and (folder / model).exists():
         return str(folder / model)
     return model
+
+
+def _same_place(left: str, right: str) -> bool:
+    """Whether two references name one folder or Hub id, however they are written."""
+    paths = [Path(place).expanduser() for place in (left, right)]
+    return left == right or (all(path.exists() for path in paths) and os.path.samefile(*paths))
+
+
+def _content(recipe: MergeRecipe) -> dict[str, Any]:
+    """A recipe made in Python as the mapping it could have been read from, so that it is checked like one."""
+    content = asdict(recipe)
+    for model in content["models"]:
+        model["parameters"] = {"weight": model.pop("weight")}
+    # Post-processors may be callables, which must stay themselves.
+    content["postprocess"] = recipe.postprocess
+    content["parameters"] = dict(recipe.parameters)
+    return content
 
 
 def _statistics(entry: Mapping[str, Any], folder: Path | None) -> str | None:
@@ -266,16 +292,22 @@ def _parameters(
         raise ValueError(f"Recipe key 'parameters' must be a mapping such as {{density: 0.2}}, got {given!r}.")
     parameters = dict(given or {})
     parameters.pop("int8_mask", None)
-    if "lambda" in parameters:
-        parameters["scaling_coefficient"] = parameters.pop("lambda")
+    _rename(parameters, "lambda", "scaling_coefficient")
     if len(set(densities)) > 1:
         raise ValueError(f"The models have different densities {list(densities)}; give one under 'parameters'.")
+    if 0 < len(densities) < len(models):
+        raise ValueError(f"Some models have the density {densities[0]} and others none; give it under 'parameters'.")
     if densities:
-        parameters.setdefault("density", densities[0])
+        if parameters.setdefault("density", densities[0]) != densities[0]:
+            raise ValueError(
+                f"Recipe key 'parameters' has density={parameters['density']!r} and the models have {densities[0]}; give "
+                "one of them."
+            )
     if isinstance(parameters.get("coefficients"), str):
         parameters["coefficients"] = _read_coefficients(_located(parameters["coefficients"], folder))
     if method in _ELECTING and "normalize" in parameters:
-        parameters.setdefault("merge_func", "mean" if parameters.pop("normalize") else "sum")
+        parameters["normalize"] = "mean" if parameters["normalize"] else "sum"
+        _rename(parameters, "normalize", "merge_func")
     if "statistics" not in get_merge_method(method).parameters:
         return check_merge_kwargs(method, parameters)
     for model in models:
@@ -286,6 +318,14 @@ def _parameters(
             )
     checked = check_merge_kwargs(method, {**parameters, "statistics": [model.statistics for model in models]})
     return {key: value for key, value in checked.items() if key != "statistics"}
+
+
+def _rename(parameters: dict[str, Any], foreign: str, own: str) -> None:
+    """Puts another tool's parameter under our name."""
+    if foreign in parameters:
+        if own in parameters:
+            raise ValueError(f"Recipe key 'parameters' has both '{foreign}' and '{own}'; give one of them.")
+        parameters[own] = parameters.pop(foreign)
 
 
 def _read_coefficients(path: str) -> Any:

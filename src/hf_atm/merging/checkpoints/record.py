@@ -23,14 +23,16 @@ def write_record(job: Job, folder: Path, journal: Journal, reloaded: str) -> dic
     checkpoint is cut into files.
     """
     recipe = job.recipe
-    labels = [model.name for model in recipe.models] + (["base"] if recipe.base_model is not None else [])
+    labels = [model.name for model in recipe.models]
+    if recipe.base_model is not None:
+        labels.append("(base)" if "base" in labels else "base")
     digests: list[dict[str, str]] = [{} for _ in job.readers]
     for (phase, _), entry in journal.entries.items():
         for place, part in enumerate(entry.get("inputs", ()) if phase == "write" else ()):
             digests[place].update(part)
     inputs = {
         label: {
-            "model": recipe.base_model if label == "base" else recipe.models[place].model,
+            "model": recipe.base_model if place == len(recipe.models) else recipe.models[place].model,
             "revision": _revision(reader.path),
             "tensors": len(reader),
             "xxh3_128": _combined(digest),

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..engine import Merger, flat
-from ..tensors import CHUNK
+from ..tensors import CHUNK, converted
 from .job import Job, Step, has_scratch, offset_step, scratch_size
 from .layout import Layout, Place, bytes_of, write_at
 from .processes import Processes, share_out
@@ -50,7 +50,9 @@ class Run:
         self.threads, self.progress = threads, progress
         files = [*job.layout.files, *((SCRATCH_NAME,) if has_scratch(job.merger) else ())]
         kept = [f"{PRIVATE_FOLDER}/{file}" for layout in job.private.values() for file in layout.files]
-        self._descriptors = {name: os.open(staging / name, os.O_RDWR) for name in [*files, *kept]}
+        self._descriptors = {
+            name: os.open(staging / name, os.O_RDWR | getattr(os, "O_BINARY", 0)) for name in [*files, *kept]
+        }
         self._offsets: dict[str, int] = {}
 
     def run(self) -> None:
@@ -170,7 +172,7 @@ class Run:
     def _copied(self, key: str) -> Iterator[Tensor]:
         tensor = self.job.pooled.get(key, self.job.plan.reference[key])
         dtype = self.job.layout.tensors[key].dtype
-        return (piece.to(dtype) for piece in _pieces(tensor))
+        return (converted(piece, dtype, key) for piece in _pieces(tensor))
 
     def _store(self, layout: Layout, prefix: str, keys: Sequence[str], pieces: Iterator[Tensor]) -> dict[str, str]:
         """Writes one tensor under all its names; returns the digests of its bytes."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from torch import Tensor
+
 from .reader import PICKLE_SUFFIXES
+from .recipe import DTYPES
 
 
 # Weights in any format, what a training run leaves behind, and what describes the old model.
@@ -99,16 +103,24 @@ def tokenizer_files(folder: Path) -> list[str]:
     return [name for name in list_side_files(folder)[0] if _matches(name.split("/")[-1], _TOKENIZER)]
 
 
-def set_config_dtype(output: Path, dtype: str | None) -> None:
-    """Lets `config.json` name the type the weights now have, where it named one before."""
+def set_config_dtype(output: Path, tensors: Iterable[Tensor]) -> None:
+    """Lets `config.json` name the floating type that most weights now have, wherever it named another one before."""
     path = output / "config.json"
-    if dtype is None or not path.is_file():
+    entries: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            entries[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    if not path.is_file() or not entries:
         return
     config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    dtype = entries.most_common(1)[0][0]
+    changed = False
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) in DTYPES and part[key] != dtype:
+                part[key], changed = dtype, True
+    if changed:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

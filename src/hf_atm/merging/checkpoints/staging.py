@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,30 @@ STATE_NAME = "merge_in_progress.json"
 RECORD_NAME = "merge_config.json"
 SCRATCH_NAME = "vectors.scratch"
 
+# The state of a merge whose files do not all exist yet.
+_NEW_STATE = f"{STATE_NAME}.tmp"
+
 
 def staging_folder(output: Path) -> Path:
     """Where a merge for `output` is put together."""
     return output.with_name(f"{output.name}.incomplete")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
     """
     Refuses an output folder that holds something else than what may be replaced.
 
+    Args:
+        output (`Path`): the folder, resolved.
+        overwrite (`bool`): whether an earlier merge there may be replaced.
+        inputs (`Sequence[Path]`, *optional*): folders of the models, in which no output may lie.
+
     Raises:
-        `ValueError`: if it is a file, or holds files and `overwrite` is off, or holds something that no merge wrote; or
-            if the folder in which the merge is to be put together belongs to someone else.
+        `ValueError`: if it is a file, a mount point, or lies in an input; if it holds files and `overwrite` is off, or
+            holds something that no merge wrote; or if a folder that the merge needs beside it belongs to someone else.
     """
+    if output.name == "" or output.is_mount():
+        raise ValueError(f"Output {str(output)!r} cannot be renamed; name a folder in it.")
     if output.is_file():
         raise ValueError(f"Output {str(output)!r} is a file; name a folder.")
     if output.is_dir() and any(output.iterdir()):
@@ -36,11 +47,16 @@ def check_output(output: Path, overwrite: bool) -> None:
         if not (merged and overwrite):
             way_out = "pass overwrite=True to replace that merge" if merged else "name another folder"
             raise ValueError(f"Output {str(output)!r} already holds {_some(output)}; {way_out}.")
-    staging = staging_folder(output)
-    if staging.exists() and (
-        not staging.is_dir() or (any(staging.iterdir()) and not (staging / STATE_NAME).is_file())
+    for folder in inputs:
+        if folder.resolve() in (output, *output.parents):
+            raise ValueError(f"Output {str(output)!r} lies in the model {str(folder)!r}; name a folder outside of it.")
+    for beside, marks in (
+        (staging_folder(output), (STATE_NAME, _NEW_STATE, RECORD_NAME)),
+        (_old(output), (RECORD_NAME,)),
     ):
-        raise ValueError(f"{str(staging)!r} is in the way and no merge wrote it; move it or name another output.")
+        ours = beside.is_dir() and (not any(beside.iterdir()) or any((beside / mark).is_file() for mark in marks))
+        if beside.exists() and not ours:
+            raise ValueError(f"{str(beside)!r} is in the way and no merge wrote it; move it or name another output.")
 
 
 def open_staging(output: Path, identity: dict[str, Any]) -> tuple[Path, bool]:
@@ -61,30 +77,29 @@ def open_staging(output: Path, identity: dict[str, Any]) -> tuple[Path, bool]:
         return staging, True
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    beside = staging / f"{STATE_NAME}.tmp"
-    beside.write_text(text, encoding="utf-8")
+    (staging / _NEW_STATE).write_text(text, encoding="utf-8")
     return staging, False
 
 
 def confirm_staging(staging: Path) -> None:
     """Marks a new staging folder as complete enough to be resumed: its files exist with their headers."""
-    os.replace(staging / f"{STATE_NAME}.tmp", staging / STATE_NAME)
+    os.replace(staging / _NEW_STATE, staging / STATE_NAME)
 
 
 def publish(staging: Path, output: Path) -> None:
     """Gives a finished merge its final name; an earlier merge of that name goes away last."""
-    for name in (STATE_NAME, SCRATCH_NAME):
-        (staging / name).unlink(missing_ok=True)
-    for journal in staging.glob("done-*.jsonl"):
-        journal.unlink()
+    old = _old(output)
+    (staging / SCRATCH_NAME).unlink(missing_ok=True)
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
     if output.exists():
-        old = output.with_name(f"{output.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(output, old)
-        os.rename(staging, output)
-        shutil.rmtree(old)
-    else:
-        os.rename(staging, output)
+    os.rename(staging, output)
+    # Until here a kill leaves a merge that the same command finishes; from here on it is whole under its name.
+    for name in (STATE_NAME, *(journal.name for journal in output.glob("done-*.jsonl"))):
+        (output / name).unlink(missing_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class Journal:
@@ -102,7 +117,12 @@ class Journal:
                 except ValueError:
                     continue
                 self.entries[entry["phase"], entry["key"]] = entry
-        self._file = open(staging / f"done-{rank}.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        path = staging / f"done-{rank}.jsonl"
+        cut = path.is_file() and path.read_text(encoding="utf-8")[-1:] not in ("", "\n")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        if cut:
+            # A kill cut the last line; the next one must not continue it.
+            self._file.write("\n")
 
     def add(self, phase: str, key: str, **facts: Any) -> None:
         """Notes that a step is done; one write, so that lines of several threads do not mix."""
@@ -131,6 +151,11 @@ def digest_region(path: Path, start: int, nbytes: int) -> str:
             digest.update(block)
             nbytes -= len(block)
     return digest.hexdigest()
+
+
+def _old(output: Path) -> Path:
+    """Where an earlier merge waits while the new one takes its name."""
+    return output.with_name(f"{output.name}.replaced")
 
 
 def _some(folder: Path) -> str:

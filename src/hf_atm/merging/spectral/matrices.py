@@ -145,7 +145,9 @@ def merge_matrices(
     merged: dict[str, Tensor] = {}
     for group in qkv_groups(sorted_keys(tasks), fuse_qkv):
         shapes = {key: tasks[0].shape(key) for key in group}
-        matrices = [key for key in group if is_matrix(key, len(shapes[key]), non_matrix, flatten_conv)]
+        matrices = [
+            key for key in group if prod(shapes[key]) and is_matrix(key, len(shapes[key]), non_matrix, flatten_conv)
+        ]
         for parts in _layout(matrices, shapes, fuse_qkv):
             _scatter(rule(TaskMatrices(tasks, parts)), parts, shapes, merged)
         for key in group:
