@@ -79,3 +79,27 @@ def test_types_and_earlier_results(adapters, tmp_path):
         merge_recipe(adapters, tmp_path / "out")
     merge_recipe(adapters, tmp_path / "out", overwrite=True)
     assert {tensor.dtype for tensor in load_checkpoint(tmp_path / "out").values()} == {torch.float32}
+
+
+def test_keys_and_options_of_adapter_recipes_count_or_are_refused(adapters, tmp_path):
+    half = merge_recipe(adapters, tmp_path / "half", out_dtype="bfloat16")
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.bfloat16}
+    for option in ({"device": "cuda"}, {"threads": 3}, {"max_shard_size": "1GB"}):
+        with pytest.raises(ValueError, match="has no meaning for adapters"):
+            merge_recipe(adapters, tmp_path / "out", **option)
+    for key in ({"buffers": "base"}, {"vocab_policy": "common"}, {"base_model": "b", "tokenizer_source": "a0"}):
+        with pytest.raises(ValueError, match="has no meaning for adapters"):
+            merge_recipe({**adapters, **key}, tmp_path / "out")
+    for name in ("a0", "a1"):
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": f"base of {name}"}))
+    with pytest.raises(ValueError, match="base model"):
+        merge_recipe(adapters, tmp_path / "out")
+    with pytest.warns(UserWarning, match="base model"):
+        merge_recipe({**adapters, "strict": False}, tmp_path / "out")
+
+
+def test_names_of_separate_heads_are_looked_at_before_the_merge(adapters, tmp_path):
+    adapters["models"][0]["name"] = "me/adapter"
+    with pytest.raises(ValueError, match="'me/adapter'.*no folder names"):
+        merge_recipe({**adapters, "adapters": {"heads": "separate"}}, tmp_path / "out", dry_run=True)

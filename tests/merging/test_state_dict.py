@@ -330,3 +330,34 @@ def test_sequential_methods_follow_the_order_of_the_models():
     assert norms[-1] == pytest.approx(sum(norms[:-1]) / 3, rel=1e-6)
     other = merge_state_dicts(experts[::-1], base, "opcm", names=["b", "a", "c"])
     assert not torch.allclose(other["layer.weight"], merged["layer.weight"])
+
+
+def test_what_is_no_list_of_models_and_no_type_of_weights():
+    model = torch.nn.Linear(2, 2)
+    for single in (model, model.state_dict()):
+        with pytest.raises(ValueError, match="state_dicts is one model; give a list"):
+            merge_state_dicts(single)
+    for dtype in (torch.int8, torch.bool, torch.complex64, "bfloat16"):
+        with pytest.raises(ValueError, match="no type for weights"):
+            merge_state_dicts([model, model], dtype=dtype)
+
+
+def test_copied_tensors_do_not_overflow_silently():
+    state = {"a.weight": torch.ones(2, 2), "keep": torch.tensor([1e6])}
+    with pytest.raises(ValueError, match="'keep' overflows torch.float16"):
+        merge_state_dicts([state, state], exclude=["keep"], dtype=torch.float16)
+    endless = {**state, "keep": torch.tensor([float("inf")])}
+    assert torch.isinf(merge_state_dicts([endless, endless], exclude=["keep"], dtype=torch.float16)["keep"]).all()
+
+
+def test_shapes_without_rows_are_no_vocabulary():
+    scalar, row = {"embed_scale": torch.tensor(1.0)}, {"embed_scale": torch.ones(1)}
+    with pytest.raises(ValueError, match="embed_scale"):
+        merge_state_dicts([scalar, row])
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m"])
+def test_matrices_without_entries_are_left_alone(method):
+    state = {"a.weight": torch.ones(2, 3), "none.weight": torch.ones(0, 8)}
+    merged = merge_state_dicts([state, state], {key: 0 * tensor for key, tensor in state.items()}, method=method)
+    assert merged["none.weight"].shape == (0, 8)

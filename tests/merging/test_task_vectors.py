@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hf_atm.merging import list_merge_methods, merge_task_vectors, norm_scale
+from hf_atm.merging.tensors import canonical_tasks
 
 from .testing_utils import METHODS, SPECIAL_METHODS, assert_same, random_vectors
 
@@ -166,3 +167,12 @@ def test_bad_weights_and_names():
     torch.testing.assert_close(merged["scale"], vectors[0]["scale"] - vectors[1]["scale"])
     zero = merge_task_vectors(vectors, "task_arithmetic", weights=[0, 0])
     assert all(not tensor.any() for tensor in zero.values())
+
+
+def test_transposed_views_are_laid_out_once():
+    vectors = [random_vectors(1, {"w": (30, 70)}, seed=seed)[0] for seed in range(2)]
+    turned = [{"w": vector["w"].T.contiguous().T} for vector in vectors]
+    tasks = canonical_tasks(turned, [1, 1], ["a", "b"])
+    # A view would be copied whole for every chunk that is read of it.
+    assert not turned[0]["w"].is_contiguous() and all(task.tensors["w"].is_contiguous() for task in tasks)
+    assert_same(merge_task_vectors(turned, "ties"), merge_task_vectors(vectors, "ties"))

@@ -78,17 +78,23 @@ class ModelView(LazyTensors):
         return self.state[key].dtype
 
     def chunk(self, key: str, start: int, stop: int) -> Tensor:
-        piece = self._part(key, slice(start, stop))
-        check_finite(piece, key, self.name)
-        return piece
+        return self._checked(key, slice(start, stop))
 
     def strided(self, key: str, start: int, step: int) -> Tensor:
         return self._part(key, slice(start, self.shape(key).numel(), step))
 
     def __getitem__(self, key: str) -> Tensor:
         shape = self.shape(key)
-        piece = self._part(key, slice(0, shape.numel())).view(shape)
-        check_finite(piece, key, self.name)
+        return self._checked(key, slice(0, shape.numel())).view(shape)
+
+    def _checked(self, key: str, part: slice) -> Tensor:
+        piece = self._part(key, part)
+        if not all_finite(piece):
+            # The base counts too, and is to blame for all.
+            if self.origin is not None:
+                check_finite(flat(self.origin[key])[part], key, "base")
+            check_finite(flat(self.state[key])[part], key, self.name)
+            raise ValueError(f"Tensor '{key}' of '{self.name}' is further from its base than {piece.dtype} can tell.")
         return piece
 
     def _part(self, key: str, part: slice) -> Tensor:
@@ -237,6 +243,8 @@ class Merger:
 
     def settle(self, norms: Norms) -> None:
         """Fixes the factor on the merged vector from the norms of all tensors; exact sums, so that order is nothing."""
+        if not norms:
+            return
         totals = [math.sqrt(math.fsum(column)) for column in zip(*norms.values(), strict=True)]
         *tasks, merged = totals
         factor = self.rule.rescale(tasks, merged) if self.rule.rescale is not None else 1.0

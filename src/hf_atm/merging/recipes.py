@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints.merge import CheckpointMerge, merge_checkpoints
+from .checkpoints.processes import Processes
 from .checkpoints.reader import is_adapter, resolve_model
-from .checkpoints.recipe import DTYPES, MergeRecipe, read_recipe
+from .checkpoints.recipe import DTYPES, MergeRecipe, read_recipe, with_dtype
 from .checkpoints.staging import check_output
 from .hub import check_upload, push
 
@@ -17,7 +18,17 @@ from .hub import check_upload, push
 if TYPE_CHECKING:
     from .adapters import AdapterMerge
 
-_OF_CHECKPOINTS = ("exclude", "task_specific_modules", "postprocess", "copy_code")
+# What has no meaning for adapters: keys that differ from these defaults, and options.
+_OF_CHECKPOINTS = {
+    "exclude": [],
+    "task_specific_modules": [],
+    "postprocess": [],
+    "copy_code": False,
+    "buffers": "pooled",
+    "vocab_policy": "error",
+    "tokenizer_source": "base",
+}
+_OPTIONS = {"device": None, "threads": None, "reload": None, "max_shard_size": "5GB"}
 
 
 def merge_recipe(
@@ -30,8 +41,8 @@ def merge_recipe(
         recipe: as in [`merge_checkpoints`]. For adapters, its key `adapters` holds keywords of [`merge_adapters`], such as
             `{output: svd, svd_rank: 16}`.
         output_dir (`str`): folder for the result.
-        **options: as in [`merge_checkpoints`]; adapters know `dry_run`, `overwrite`, `push_to_hub` and
-            `private`.
+        **options: as in [`merge_checkpoints`]; adapters know `out_dtype`, `dry_run`, `overwrite`, `push_to_hub`, `private`
+            and `progress`. Of several processes, one merges adapters.
 
     Returns:
         [`CheckpointMerge`] or [`AdapterMerge`]
@@ -57,22 +68,31 @@ def merge_recipe(
 def _merge_adapters(
     recipe: MergeRecipe, folders: list[Path], output_dir: str | os.PathLike, options: Mapping[str, Any]
 ) -> AdapterMerge:
-    from .adapters import merge_adapter_folders, merge_adapters
+    from .adapters import merge_adapters
+    from .adapters.folder import check_task_names
 
-    foreign = [key for key in _OF_CHECKPOINTS if getattr(recipe, key)]
+    foreign = [key for key, default in _OF_CHECKPOINTS.items() if getattr(recipe, key) != default]
     if foreign:
         raise ValueError(f"Recipe key '{foreign[0]}' has no meaning for adapters; remove it.")
-    check_output(Path(output_dir), bool(options.get("overwrite")))
+    unused = [key for key, default in _OPTIONS.items() if options.get(key, default) != default]
+    if unused:
+        raise ValueError(f"{unused[0]}={options[unused[0]]!r} has no meaning for adapters; leave it out.")
+    processes, output, hub = Processes(), Path(output_dir).resolve(), options.get("push_to_hub")
+    processes.on_main(check_output, output, bool(options.get("overwrite")), folders)
     names = [model.name for model in recipe.models]
-    weights = [model.weight for model in recipe.models]
-    settings = {"names": names, **recipe.parameters, **recipe.adapters}
+    if recipe.adapters.get("heads") == "separate":
+        check_task_names(names)
+    settings = {"names": names, "strict": recipe.strict, **recipe.parameters, **recipe.adapters}
+    if options.get("out_dtype") is not None:
+        recipe = with_dtype(recipe, options["out_dtype"])
     if recipe.out_dtype is not None:
         settings["dtype"] = DTYPES[recipe.out_dtype]
+    if hub and not options.get("dry_run"):
+        processes.on_main(check_upload, hub)
+    result = merge_adapters(folders, recipe.merge_method, [model.weight for model in recipe.models], **settings)
     if options.get("dry_run"):
-        return merge_adapters(folders, recipe.merge_method, weights, **settings)
-    if options.get("push_to_hub"):
-        check_upload(options["push_to_hub"])
-    result = merge_adapter_folders(folders, output_dir, weights=weights, method=recipe.merge_method, **settings)
-    if options.get("push_to_hub"):
-        push(output_dir, options["push_to_hub"], options.get("private", True))
+        return result
+    processes.on_main(result.save_pretrained, output)
+    if hub:
+        processes.on_main(push, output, hub, options.get("private", True))
     return result

@@ -106,11 +106,17 @@ def canonical_tasks(
     """
     beside = extra if extra is not None else [None] * len(names)
     tasks = [
-        Task(name, float(weight), tensors, more)
+        Task(name, float(weight), contiguous(tensors) if isinstance(tensors, dict) else tensors, more)
         for name, weight, tensors, more in zip(names, weights, task_vectors, beside, strict=True)
     ]
     tasks = sorted(tasks, key=lambda task: task.name)
     return [task for task in tasks if task.weight != 0] or tasks
+
+
+def contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mapping, without tensors that would be copied anew for every piece that is read of them."""
+    strided = {key: tensors[key] for key in tensors if not tensors[key].is_contiguous()}
+    return {**tensors, **{key: tensor.contiguous() for key, tensor in strided.items()}} if strided else tensors
 
 
 def sorted_keys(tasks: Sequence[Task]) -> list[str]:

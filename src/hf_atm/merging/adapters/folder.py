@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,12 +50,22 @@ def check_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"The folder {str(folder)!r} holds something else; name another one, or empty it.")
 
 
+def check_task_names(names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: for task names that cannot be folders of separate heads.
+    """
+    wrong = [name for name in names if name in ("", ".", "..") or any(mark in name for mark in "/\\#")]
+    if wrong:
+        raise ValueError(
+            f"The task names {wrong} are no folder names; give names= to merge_adapters, or names in the recipe."
+        )
+
+
 def write_folder(result: AdapterMerge, folder: str | os.PathLike) -> None:
     """Writes a result, see [`AdapterMerge.save_pretrained`]."""
     check_folder(folder)
-    tasks = [task for task in result.heads if task in ("", ".", "..") or any(mark in task for mark in "/\\#")]
-    if tasks:
-        raise ValueError(f"The task names {tasks} are no folder names; give names= to merge_adapters.")
+    check_task_names(result.heads)
     with _replaced(Path(folder)) as beside:
         if result.config is not None:
             _write_adapter(beside, result.config, result.state_dict())
@@ -85,6 +95,8 @@ def _replaced(folder: Path) -> Iterator[Path]:
     if old.exists() and not folder.exists():
         # A process was killed between the two renames below.
         os.rename(old, folder)
+    if old.is_dir() and any(old.iterdir()) and not (old / RECORD_NAME).is_file():
+        raise ValueError(f"{str(old)!r} is in the way and no merge wrote it; move it or name another folder.")
     for leftover in (beside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)

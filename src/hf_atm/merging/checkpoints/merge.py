@@ -15,7 +15,7 @@ from ..hub import check_upload, push
 from .costs import peak_memory
 from .job import Job, check_disk, open_job
 from .processes import Processes
-from .recipe import DTYPES, MergeRecipe, read_recipe
+from .recipe import MergeRecipe, read_recipe, with_dtype
 from .record import write_record
 from .run import Run, create_files, single_threaded
 from .side_files import copy_side_files, set_config_dtype
@@ -129,7 +129,7 @@ def merge_checkpoints(
     """
     recipe = read_recipe(config_or_yaml)
     if out_dtype is not None:
-        recipe = _with_dtype(recipe, out_dtype)
+        recipe = with_dtype(recipe, out_dtype)
     # A link is followed, so that the result is put together on the disk where it will lie.
     output = Path(output_dir).resolve()
     processes = Processes()
@@ -243,15 +243,6 @@ def _summary(job: Job, output: Path, workers: int, **facts: Any) -> CheckpointMe
         notes=job.notes,
         **facts,
     )
-
-
-def _with_dtype(recipe: MergeRecipe, out_dtype: str | torch.dtype) -> MergeRecipe:
-    from dataclasses import replace
-
-    name = str(out_dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"out_dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}.")
-    return replace(recipe, out_dtype=name)
 
 
 def _bar(job: Job, processes: Processes, progress: bool) -> Any:

@@ -7,10 +7,12 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..plan import VOCAB_POLICIES
 from ..postprocess.registry import check_post_processors
@@ -120,6 +122,19 @@ def read_recipe(source: str | os.PathLike | Mapping[str, Any] | MergeRecipe) -> 
             raise FileNotFoundError(f"Recipe {str(source)!r} does not exist.")
         source, folder = _load(path), path.parent
     return _parse(source, folder)
+
+
+def with_dtype(recipe: MergeRecipe, out_dtype: str | torch.dtype) -> MergeRecipe:
+    """
+    The recipe with another type of the result.
+
+    Raises:
+        `ValueError`: for a type that weights are not written in.
+    """
+    name = str(out_dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"out_dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}.")
+    return replace(recipe, out_dtype=name)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
