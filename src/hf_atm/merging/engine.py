@@ -309,7 +309,7 @@ class Merger:
 
     @property
     def base_share(self) -> float:
-        """What the base counts for: zero, exactly, for a mean, which then gives copies back to the bit."""
+        """What the base counts for: zero, exactly, for a mean, which then gives copies back to the bit (but for float64)."""
         normalized = self.kwargs.get("normalize", self.rule.parameters["normalize"])
         if self.origin is None or (normalized and self.factor == 1.0):
             return 0.0

@@ -140,6 +140,7 @@ def _shared_keys(
     rows: dict[str, int] = {}
     problems: list[tuple[str, str]] = []
     vocabularies: list[str] = []
+    shorter: list[str] = []
     for key in everything:
         entries = [state[key] for state in inputs if key in state]
         shapes = list(dict.fromkeys(tuple(entry.shape) for entry in entries if isinstance(entry, Tensor)))
@@ -150,6 +151,8 @@ def _shared_keys(
                 vocabularies.append(key)
                 if vocab_policy == "common":
                     rows[key] = min(shape[0] for shape in shapes)
+                    if key in reference and max(shape[0] for shape in shapes) > reference[key].shape[0]:
+                        shorter.append(key)
                     shared.append(key)
                     continue
             problems.append((key, f"{key} ({' vs '.join(map(str, shapes))})"))
@@ -167,6 +170,11 @@ def _shared_keys(
         notes = [f"copied from the base (or first model): {listed(copied)}"] if copied else []
         notes += [f"left out: {listed(dropped)}"] if dropped else []
         warnings.warn(f"Tensors that do not match between the models were {'; '.join(notes)}.", stacklevel=4)
+    if shorter:
+        warnings.warn(
+            f"The base (or first model) has fewer rows than others in {listed(shorter)}; their further rows were left out.",
+            stacklevel=4,
+        )
     if not shared:
         raise ValueError("There is nothing to merge: no tensor is in all models and outside exclude.")
     return shared, rows, left_out

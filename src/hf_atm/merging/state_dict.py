@@ -39,7 +39,7 @@ def merge_state_dicts(
     Merges fine-tuned models of one architecture into one state dict.
 
     `theta = theta_0 + lambda * merge({theta_t - theta_0})`, computed tensor by tensor one precision above the inputs
-    and rounded once. The result is bit-equal for any order of the models (copied tensors without a base excepted).
+    and rounded once. The result is bit-equal for any order of the models (`opcm`, `slerp`, and copied tensors without a base excepted).
 
     Args:
         state_dicts (`Sequence[Mapping[str, Tensor] | nn.Module]`):

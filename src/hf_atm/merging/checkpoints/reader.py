@@ -36,8 +36,8 @@ def resolve_model(reference: str, revision: str | None = None) -> Path:
     path = Path(reference).expanduser()
     if path.exists():
         return path
-    if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        raise FileNotFoundError(f"Model {reference!r} is neither a folder nor a Hub id of the form 'org/name'.")
+    if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        raise FileNotFoundError(f"Model {reference!r} is neither a folder nor a Hub id such as 'org/name'.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
