@@ -361,3 +361,11 @@ def test_matrices_without_entries_are_left_alone(method):
     state = {"a.weight": torch.ones(2, 3), "none.weight": torch.ones(0, 8)}
     merged = merge_state_dicts([state, state], {key: 0 * tensor for key, tensor in state.items()}, method=method)
     assert merged["none.weight"].shape == (0, 8)
+
+
+def test_rows_that_a_shorter_base_does_not_have_are_named():
+    model = {"embed.weight": torch.ones(42, 3), "w": torch.ones(2)}
+    base = {"embed.weight": torch.zeros(40, 3), "w": torch.zeros(2)}
+    with pytest.warns(UserWarning, match="fewer rows than others in 'embed.weight'.*left out"):
+        merged = merge_state_dicts([model, model], base, vocab_policy="common")
+    assert merged["embed.weight"].shape == (40, 3)

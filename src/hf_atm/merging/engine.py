@@ -193,7 +193,9 @@ class Merger:
             return
         sizes = {part[0]: sum(self.views[0].shape(key).numel() for key in part) for part in self.parts}
         by_size = sorted(self.parts, key=lambda part: (sizes[part[0]], part))
-        matrices = [part for part in by_size if len(self.views[0].shape(part[0])) > 1]
+        # A decomposition takes too long for this from some size on.
+        limit = CHUNK if self.decomposes else math.inf
+        matrices = [p for p in by_size if len(self.views[0].shape(p[0])) > 1 and sizes[p[0]] <= limit]
         for part in [*by_size[:1], *matrices[:1]]:
             views = [view.only(part) for view in self.views]
             self.rule.function(views, self.weights, self.names, **self.kwargs)
