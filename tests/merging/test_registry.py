@@ -123,3 +123,8 @@ def test_ranges_are_checked_before_the_tensors_are_touched():
 
     with pytest.raises(ValueError, match="density"):
         merge_task_vectors([Untouchable()], "ties", density=2)
+
+
+def test_an_unknown_method_is_answered_with_the_nearest_one():
+    with pytest.raises(KeyError, match="'tise'; did you mean 'ties'. Known methods are adamerging, "):
+        get_merge_method("tise")

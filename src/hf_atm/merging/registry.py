@@ -183,7 +183,10 @@ def get_merge_method(name: str) -> MergeMethod:
         `KeyError`: if the name is unknown; the message lists the known ones.
     """
     if name not in _METHODS:
-        raise KeyError(f"Unknown merge method {name!r}; known methods are {', '.join(list_merge_methods())}.")
+        known = list_merge_methods()
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean '{close[0]}'? Known methods are" if close else "known methods are"
+        raise KeyError(f"Unknown merge method {name!r}; {hint} {', '.join(known)}.")
     return _METHODS[name]
 
 

@@ -154,3 +154,17 @@ def test_other_statistics_start_afresh(tmp_path, recipe):
     write_checkpoint(tmp_path / "s0", {"model.layers.0.mlp.weight": 2 * torch.eye(7)})
     os.utime(tmp_path / "s0" / "model.safetensors", ns=(1, 1))
     assert open_job(read_recipe(content)).identity() != first
+
+
+def test_notes_say_what_might_surprise(tmp_path):
+    recipe = {**write_models(tmp_path, dtype=torch.bfloat16), "merge_method": "dare"}
+    recipe |= {"parameters": {"density": 0.5}, "exclude": ["*.clasifier.*"]}
+    notes = merge(recipe, tmp_path / "out", dry_run=True).notes
+    assert any("*.clasifier.*" in note for note in notes)
+    assert any("half precision" in note for note in notes) and any("a sum in mergekit" in note for note in notes)
+    plain = {
+        **write_models(tmp_path / "single"),
+        "merge_method": "dare",
+        "parameters": {"density": 0.5, "normalize": False},
+    }
+    assert merge(plain, tmp_path / "out", dry_run=True).notes == []

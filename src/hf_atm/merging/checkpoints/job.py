@@ -28,6 +28,10 @@ from .side_files import list_side_files, tokenizer_files
 from .staging import staging_folder
 
 
+# Methods that mergekit does not normalise unless told to.
+_SUMMED_ELSEWHERE = ("dare", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della_linear")
+
+
 @dataclass(frozen=True)
 class Step:
     """A part of the work that stands alone: a group of merged tensors, or one tensor that is copied."""
@@ -174,6 +178,19 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
     notes = [str(warning.message) for warning in caught]
     if dropped:
         notes.append(f"Stored once, as they are tied to others: {', '.join(sorted(dropped))}.")
+    idle = [
+        pattern for pattern in recipe.exclude if not any(matches(key, [pattern]) for part in inputs for key in part)
+    ]
+    if idle:
+        notes.append(f"exclude has patterns that no tensor matches: {', '.join(idle)}.")
+    if rule.requires_base and any(reader[key].dtype.itemsize < 4 for reader in readers for key in plan.leaders):
+        notes.append("The models are stored in half precision, which has already rounded their task vectors.")
+    if (
+        rule.name in _SUMMED_ELSEWHERE
+        and "normalize" not in recipe.parameters
+        and "merge_func" not in recipe.parameters
+    ):
+        notes.append(f"{rule.name} gives a mean here and a sum in mergekit; normalize: false gives the sum.")
     code = list_side_files(reference.path)[1] if not recipe.copy_code else []
     if code:
         notes.append(f"Python files stay behind (copy_code: true takes them along): {', '.join(code)}.")

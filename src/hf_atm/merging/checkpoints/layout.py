@@ -107,7 +107,9 @@ def plan_layout(tensors: dict[str, Tensor], max_shard_size: int | str, name: str
             tensors, get_storage_size=_nbytes, filename_pattern=pattern, max_shard_size=max_shard_size
         )
     except ValueError as error:
-        raise ValueError(f"max_shard_size={max_shard_size!r} is not a size such as '5GB': {error}.") from error
+        raise ValueError(
+            f"max_shard_size={max_shard_size!r} is not a size such as '5GB' ({str(error).rstrip('.')})."
+        ) from error
     headers: dict[str, bytes] = {}
     places: dict[str, Place] = {}
     files = {file: _by_alignment(keys, tensors) for file, keys in split.filename_to_tensors.items()}
