@@ -186,7 +186,7 @@ class Merger:
         Weights and keywords that the method cannot work with show here, and not after minutes.
         """
         if self.fused:
-            assert self.shares is not None
+            linear_coefficients(self.rule.name, self.weights, normalize=self.kwargs.get("normalize"))
             return
         if "statistics" in self.rule.parameters:
             # They are of all tensors, and checked against their names.
@@ -229,6 +229,7 @@ class Merger:
 
     def _squares(self, key: str, order: Sequence[int], merged: Tensor | None) -> list[float]:
         total, squares = self.task_vectors[0].shape(key).numel(), [0.0] * (len(order) + 1)
+        shares = self.shares if merged is None else []
         for start in range(0, total, CHUNK):
             stop = min(total, start + CHUNK)
             pieces = [self.task_vectors[index].chunk(key, start, stop).double() for index in order]
@@ -237,7 +238,7 @@ class Merger:
             else:
                 sums = torch.zeros(stop - start, dtype=torch.float64)
                 for index, piece in zip(order, pieces, strict=True):
-                    sums.add_(piece.to(sums.device), alpha=self.shares[index])
+                    sums.add_(piece.to(sums.device), alpha=shares[index])
                 pieces.append(sums)
             for place, piece in enumerate(pieces):
                 squares[place] += float(torch.dot(piece, piece))
@@ -311,7 +312,7 @@ class Merger:
 
     @property
     def base_share(self) -> float:
-        """What the base counts for: zero, exactly, for a mean, which then gives copies back to the bit (but for float64)."""
+        """What the base counts for: exactly zero for a mean, which gives copies back to the bit (not from float64)."""
         normalized = self.kwargs.get("normalize", self.rule.parameters["normalize"])
         if self.origin is None or (normalized and self.factor == 1.0):
             return 0.0

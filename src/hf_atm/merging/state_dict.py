@@ -39,7 +39,8 @@ def merge_state_dicts(
     Merges fine-tuned models of one architecture into one state dict.
 
     `theta = theta_0 + lambda * merge({theta_t - theta_0})`, computed tensor by tensor one precision above the inputs
-    and rounded once. The result is bit-equal for any order of the models (`opcm`, `slerp`, and copied tensors without a base excepted).
+    and rounded once. The result is bit-equal for any order of the models (`opcm`, `slerp`, and
+    copied tensors without a base excepted).
 
     Args:
         state_dicts (`Sequence[Mapping[str, Tensor] | nn.Module]`):
@@ -132,10 +133,8 @@ def merge_state_dicts(
     for label, state in zip([*labels, "base"], inputs, strict=False):
         for key in plan.leaders:
             check_finite(state[key], key, label)
-    if origin is not None and rule.requires_base and _any_half(models, plan.leaders):
-        warnings.warn(
-            "The models are stored in half precision, which has already rounded their task vectors.", stacklevel=2
-        )
+    if rule.requires_base and (note := half_precision_note(models, plan.leaders)):
+        warnings.warn(note, stacklevel=2)
     labels = given or content_names(models, values, plan.leaders)
     method_kwargs = with_tied_tables(rule, method_kwargs, plan.groups)
     # A tensor that is a transposed view would be copied anew for every piece that is read.
@@ -143,6 +142,13 @@ def merge_state_dicts(
     readable_origin = _contiguous(origin) if origin is not None else None
     merger = Merger(plan, readable, readable_origin, rule, values, labels, method_kwargs, scale, list(postprocess))
     return _assemble(plan, models, merge_in_memory(merger), values, dtype)
+
+
+def half_precision_note(models: Sequence[State], keys: Sequence[str]) -> str:
+    """What to tell whoever merges task vectors of such models; empty where they are stored in single precision."""
+    if any(model[key].dtype.itemsize < 4 for model in models for key in keys):
+        return "The models are stored in half precision, which has already rounded their task vectors."
+    return ""
 
 
 def check_base_free(rule: MergeMethod, scale: float | str, buffers: str, postprocess: Sequence[Any] = ()) -> None:
@@ -195,7 +201,3 @@ def _as_dict(item: State | nn.Module) -> dict[str, Tensor]:
 
 def _contiguous(state: State) -> State:
     return {key: tensor.contiguous() if isinstance(tensor, Tensor) else tensor for key, tensor in state.items()}
-
-
-def _any_half(models: Sequence[State], keys: Sequence[str]) -> bool:
-    return any(model[key].dtype.itemsize < 4 for model in models for key in keys)

@@ -43,15 +43,19 @@ def test_folders_of_others_stay(recipe, tmp_path):
     assert (tmp_path / "out.replaced" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("call", ["mkdir", "rename"])
-def test_a_kill_around_the_work_leaves_something_to_go_on_with(call, recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("call", "method"), [("create", "task_arithmetic"), ("rename", "task_arithmetic"), ("rename", "ties")]
+)
+def test_a_kill_around_the_work_leaves_something_to_go_on_with(call, method, recipe, tmp_path, monkeypatch):
+    # Elementwise methods with this scale keep their vectors in a file until all norms are known.
+    recipe |= {"merge_method": method, "parameters": {"scaling_coefficient": "norm"}}
     merge(recipe, tmp_path / "expected")
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        if call == "mkdir":
+        if call == "create":
             patch.setattr("hf_atm.merging.checkpoints.merge.create_files", killed)
         else:
             patch.setattr(staging.os, "rename", killed)

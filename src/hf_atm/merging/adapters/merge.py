@@ -48,8 +48,8 @@ def merge_adapters(
     Linear methods are exact. The others work in core space (https://huggingface.co/papers/2509.17786): `D_t = U M_t V.T`
     with the small cores `M_t` merged in place of the matrices. For methods that only use norms, angles and singular
     vectors (`tsv_m`, `iso_c`, ...) that is the same as merging the matrices, at a fraction of the cost, except that
-    spectra are never spread beyond the updates' span, and that `iso_cts` takes its shares of directions from the core's. Elementwise methods (`ties`, `dare`, ...) see entries of the cores
-    and so depend on the bases: those of the singular vectors of the stacked updates, see [`CoreSpace`]. Embeddings and
+    spectra are never spread beyond the updates' span, and that `iso_cts` takes its shares of directions from the core's.
+    Elementwise methods (`ties`, `dare`, ...) see entries of the cores and so depend on the bases: those of the singular vectors of the stacked updates, see [`CoreSpace`]. Embeddings and
     other tensors that a spectral method leaves to the mean are left to it here too; kernels of convolutions count as
     matrices `(out, in * kernel)`.
 

@@ -18,7 +18,7 @@ from ..buffers import merge_buffers
 from ..engine import Merger
 from ..plan import MergePlan, matches, plan_merge, with_tied_tables
 from ..registry import get_merge_method
-from ..state_dict import check_base_free
+from ..state_dict import check_base_free, half_precision_note
 from ..tying import tied_by_content
 from .costs import step_cost
 from .layout import Layout, meta_tensors, plan_layout
@@ -178,19 +178,9 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
     notes = [str(warning.message) for warning in caught]
     if dropped:
         notes.append(f"Stored once, as they are tied to others: {', '.join(sorted(dropped))}.")
-    idle = [
-        pattern for pattern in recipe.exclude if not any(matches(key, [pattern]) for part in inputs for key in part)
-    ]
-    if idle:
-        notes.append(f"exclude has patterns that no tensor matches: {', '.join(idle)}.")
-    if rule.requires_base and any(reader[key].dtype.itemsize < 4 for reader in readers for key in plan.leaders):
-        notes.append("The models are stored in half precision, which has already rounded their task vectors.")
-    if (
-        rule.name in _SUMMED_ELSEWHERE
-        and "normalize" not in recipe.parameters
-        and "merge_func" not in recipe.parameters
-    ):
-        notes.append(f"{rule.name} gives a mean here and a sum in mergekit; normalize: false gives the sum.")
+    if rule.requires_base and (note := half_precision_note(readers, plan.leaders)):
+        notes.append(note)
+    notes += _surprises(recipe, rule.name, inputs)
     code = list_side_files(reference.path)[1] if not recipe.copy_code else []
     if code:
         notes.append(f"Python files stay behind (copy_code: true takes them along): {', '.join(code)}.")
@@ -284,6 +274,19 @@ def _entries(plan: MergePlan, dtype: torch.dtype | None) -> list[tuple[str, torc
             stored = dtype
         entries.append((key, tensor.shape, stored))
     return entries
+
+
+def _surprises(recipe: MergeRecipe, method: str, inputs: Sequence[CheckpointReader]) -> list[str]:
+    """What a recipe might mean otherwise than its author."""
+    notes = []
+    idle = [
+        pattern for pattern in recipe.exclude if not any(matches(key, [pattern]) for part in inputs for key in part)
+    ]
+    if idle:
+        notes.append(f"exclude has patterns that no tensor matches: {', '.join(idle)}.")
+    if method in _SUMMED_ELSEWHERE and not {"normalize", "merge_func"} & set(recipe.parameters):
+        notes.append(f"{method} gives a mean here and a sum in mergekit; normalize: false gives the sum.")
+    return notes
 
 
 def _private_layouts(recipe: MergeRecipe, readers: Sequence[CheckpointReader]) -> dict[str, Layout]:

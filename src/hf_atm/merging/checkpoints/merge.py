@@ -93,8 +93,8 @@ def merge_checkpoints(
 
     Every tensor is read through the page cache, merged and written straight to its place, by several threads at once;
     no model ever lies in memory. The result equals [`merge_state_dicts`] on the loaded models, given the same names, bit
-    by bit, whatever the number of threads or processes. Under `accelerate launch` (or torchrun) the tensors are shared out over all
-    processes, which must see the same file system.
+    by bit, whatever the number of threads or processes. Under `accelerate launch` (or torchrun) the tensors are shared
+    out over all processes, which must see the same file system.
 
     The result is put together in `<output_dir>.incomplete` and renamed when it is whole and verified. After a kill the
     same call goes on where it stopped.

@@ -82,7 +82,7 @@ class CheckpointReader(Mapping[str, Tensor]):
 
     def _check_index(self) -> None:
         index = self.path / INDEX_NAME
-        if index in (file.parent / INDEX_NAME for file in self.files if file.name != WEIGHTS_NAME) and index.is_file():
+        if self.path.is_dir() and self.files[0].name != WEIGHTS_NAME and index.is_file():
             promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             missing = sorted(set(promised) - set(self._handles))
             if missing:

@@ -321,8 +321,8 @@ def _parameters(
     if isinstance(parameters.get("coefficients"), str):
         parameters["coefficients"] = _read_coefficients(_located(parameters["coefficients"], folder))
     if method in _ELECTING and "normalize" in parameters:
-        parameters["normalize"] = "mean" if parameters["normalize"] else "sum"
         _rename(parameters, "normalize", "merge_func")
+        parameters["merge_func"] = "mean" if parameters["merge_func"] else "sum"
     if "statistics" not in get_merge_method(method).parameters:
         return check_merge_kwargs(method, parameters)
     for model in models:

@@ -89,7 +89,6 @@ def confirm_staging(staging: Path) -> None:
 def publish(staging: Path, output: Path) -> None:
     """Gives a finished merge its final name; an earlier merge of that name goes away last."""
     old = _old(output)
-    (staging / SCRATCH_NAME).unlink(missing_ok=True)
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
     if output.exists():
@@ -97,7 +96,7 @@ def publish(staging: Path, output: Path) -> None:
         os.rename(output, old)
     os.rename(staging, output)
     # Until here a kill leaves a merge that the same command finishes; from here on it is whole under its name.
-    for name in (STATE_NAME, *(journal.name for journal in output.glob("done-*.jsonl"))):
+    for name in (STATE_NAME, SCRATCH_NAME, *(journal.name for journal in output.glob("done-*.jsonl"))):
         (output / name).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
