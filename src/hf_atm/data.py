@@ -115,13 +115,16 @@ class RoundDataset(Dataset):
 
     def locate(self, index: int) -> tuple[str, int, int]:
         """Task, epoch within the segment and row of the `index`-th example of this round."""
-        segment = bisect_right(self._ends, index)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is outside a round of {len(self)} examples")
-        task = self.plan.tasks[segment]
-        position = index - (self._ends[segment - 1] if segment else 0)
+        task, position = self._place(index)
         epoch, within = divmod(position, len(self.datasets[task]))
         return task, epoch, int(self._order(self.round, task, epoch)[within])
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """Task of the `index`-th example, and its position in that task's stream of this round."""
+        segment = bisect_right(self._ends, index)
+        return self.plan.tasks[segment], index - (self._ends[segment - 1] if segment else 0)
 
     def __getitem__(self, index: int) -> TaskExample:
         task, epoch, row = self.locate(index)

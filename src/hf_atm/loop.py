@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate.utils import broadcast
 from .callbacks import ATMCallback
 from .checkpoint import REPORT_NAME, load_tensors, load_values, save_state, write_json
 from .data import RoundDataset, segment_length
+from .learning_rate import learning_rate_multiplier
 from .lora import check_adapter_setup
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, task_weights
@@ -34,6 +35,9 @@ class ATMLoop:
         trainer: the host trainer, fully constructed.
         datasets (`Mapping[str, Sequence]`): prepared training data per task.
     """
+
+    #: Whether tasks are tuned apart and merged.
+    merging = True
 
     def __init__(self, trainer: Any, datasets: Mapping[str, Sequence]) -> None:
         self.trainer = trainer
@@ -67,14 +71,26 @@ class ATMLoop:
         }
         if args.full_batch:
             self._check_full_batch()
-        self.plan = RoundPlan(tuple(lengths), tuple(lengths.values()), args.num_rounds)
-        self.round_dataset = RoundDataset(
-            self.datasets,
-            self.plan,
-            self.global_batch,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy != "sequential",
-        )
+        self.plan, self.round_dataset = self._lay_out(lengths)
+
+    def _lay_out(self, lengths: dict[str, int]) -> tuple[RoundPlan, RoundDataset]:
+        """The plan, and the data in its order, from the optimizer steps per task and round."""
+        plan = RoundPlan(tuple(lengths), tuple(lengths.values()), self.args.num_rounds)
+        return plan, RoundDataset(self.datasets, plan, self.global_batch, self.data_seed, self.shuffle)
+
+    @property
+    def data_seed(self) -> int:
+        """Decides the order of examples."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    @property
+    def shuffle(self) -> bool:
+        """Whether the order of examples is drawn anew in every epoch."""
+        return self.args.train_sampling_strategy != "sequential"
+
+    def rates(self) -> Callable[[int], float]:
+        """The factor on the learning rate at each global step."""
+        return learning_rate_multiplier(self.plan, self.args)
 
     def _check_full_batch(self) -> None:
         for task, size in self.num_examples.items():
@@ -88,7 +104,7 @@ class ATMLoop:
     def _set_up(self) -> None:
         """Group the model's parameters and prepare the round; refuses what cannot be merged exactly."""
         args, model = self.args, self.trainer.model
-        self.groups = ParameterGroups(model, list(self.plan.tasks))
+        self.groups = ParameterGroups(model, list(self.plan.tasks), self.merging)
         space = self.groups.space(args.lora_merge_mode, args.task_vector_device)
         check_adapter_setup(self.trainer, space, bool(self.groups.statistics()))
         self.rounds = RoundState(
@@ -367,11 +383,14 @@ class ATMLoop:
                 "in another output_dir."
             )
 
+    def _mid_round(self, step: int) -> bool:
+        """Whether the weights after `step` steps are one task's, with a base and task vectors beside them."""
+        return not self.plan.is_round_end(step)
+
     def save(self, folder: str, step: int) -> None:
         """Write what the Trainer's own checkpoint lacks."""
         position = self.plan.locate(step)
-        mid_round = not self.plan.is_round_end(step)
-        values, tensors = self.rounds.state(mid_round)
+        values, tensors = self.rounds.state(self._mid_round(step))
         names = {id(parameter): name for name, parameter in self.trainer.model.named_parameters()}
         moments, moment_values = self.memory.tensors(names, position.task if position.offset else None)
         tensors |= moments
@@ -388,8 +407,7 @@ class ATMLoop:
     def _load(self, state: Any) -> None:
         assert self.resume_from is not None
         stored, tensors = load_values(self.resume_from), load_tensors(self.resume_from)
-        mid_round = not self.plan.is_round_end(state.global_step)
-        self.rounds.load(stored["rounds"], tensors, mid_round)
+        self.rounds.load(stored["rounds"], tensors, self._mid_round(state.global_step))
         live = dict(self.trainer.model.named_parameters())
         self.memory.load(tensors, stored["moments"], live, self.trainer.optimizer)
         for name in _PROGRESS:

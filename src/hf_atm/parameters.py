@@ -34,12 +34,13 @@ class ParameterGroups:
     Args:
         model (`nn.Module`): the model, PEFT wrapper included.
         tasks (`Sequence[str]`): the run's tasks.
+        merging (`bool`, *optional*, defaults to `True`): whether shared parameters are to be merged.
 
     Raises:
-        ValueError: when nothing is shared, or a trainable parameter is not float32.
+        ValueError: when nothing is shared though it is to be merged, or a trainable parameter is not float32.
     """
 
-    def __init__(self, model: nn.Module, tasks: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, tasks: Sequence[str], merging: bool = True) -> None:
         self.model = model
         inner = base_model(model)
         has_heads = isinstance(getattr(inner, "heads", None), nn.ModuleDict)
@@ -62,7 +63,7 @@ class ParameterGroups:
                 self.copied[name] = parameter
             else:
                 self.shared[name] = parameter
-        if not self.shared:
+        if merging and not self.shared:
             raise ValueError(
                 "No trainable parameter is shared between the tasks, so there is nothing to merge; unfreeze the "
                 "backbone, or pass peft_config."

@@ -101,6 +101,7 @@ class RoundState:
                 self.method, [self.weights[task] for task in tasks], **self.method_kwargs
             )
             self.coefficients = dict(zip(tasks, coefficients, strict=True))
+        self.merged_vectors: dict[str, TaskVector] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -114,7 +115,7 @@ class RoundState:
         """Start a round from the live model."""
         self.base = self.space.snapshot()
         self.base_statistics = self._read_statistics()
-        self.merged_vectors: dict[str, TaskVector] = {}
+        self.merged_vectors = {}
         self._clear()
 
     def _read_statistics(self) -> dict[str, Tensor]:

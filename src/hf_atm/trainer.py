@@ -24,7 +24,6 @@ from .callbacks import LastWordCallback, RoundCallback
 from .data import TaskCollator, TaskDataset
 from .evaluation import EvaluationMixin, TaskMetrics
 from .hosts import check_host, prepare_model, set_loss_scaling, settle_jit, with_heads, wrap_model_init
-from .learning_rate import learning_rate_multiplier
 from .loop import ATMLoop
 from .lora import LoraSpace
 from .parameters import base_model
@@ -128,6 +127,9 @@ class ATMMixin(EvaluationMixin):
         )
         self._join(tasks, data_collator)
 
+    #: What happens at the boundaries of segments and rounds.
+    loop_class: type[ATMLoop] = ATMLoop
+
     # Attributes the host sets; declared for the type checker.
     model: Any
     args: Any
@@ -150,7 +152,7 @@ class ATMMixin(EvaluationMixin):
             columns=host._signature_columns if self.args.remove_unused_columns else None,
         )
         host.is_in_train = False
-        self.atm = ATMLoop(self, {task: self._without_unused(dataset) for task, dataset in train_sets.items()})
+        self.atm = self.loop_class(self, {task: self._without_unused(dataset) for task, dataset in train_sets.items()})
         handler = host.callback_handler
         handler.callbacks.insert(0, RoundCallback(self.atm))
         handler.callbacks.append(LastWordCallback(self.atm))
@@ -315,8 +317,8 @@ class ATMMixin(EvaluationMixin):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         host: Any = self
         if host.lr_scheduler is None:
-            multiplier = learning_rate_multiplier(self.atm.plan, self.args)
-            host.lr_scheduler = LambdaLR(host.optimizer if optimizer is None else optimizer, multiplier)
+            rates = self.atm.rates()
+            host.lr_scheduler = LambdaLR(host.optimizer if optimizer is None else optimizer, rates)
             host._created_lr_scheduler = True
         return host.lr_scheduler
 
