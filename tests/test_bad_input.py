@@ -33,7 +33,14 @@ def small():
         ({"outer_learning_rate": -1}, "outer_learning_rate is -1"),
         ({"outer_momentum": 1.0}, r"outer_momentum is 1\.0"),
         ({"max_task_vector_norm": 0}, "max_task_vector_norm is 0"),
-        ({"task_weights": "loss_gap"}, "'loss_gap' is not available yet"),
+        ({"task_weights": {"colour": -1.0, "shape": 1.0}}, r"task_weights\['colour'\] is -1\.0"),
+        ({"task_weights": {"colour": "big"}}, r"task_weights\['colour'\] is 'big'"),
+        ({"task_weights": {"colour": float("nan")}}, r"task_weights\['colour'\] is nan"),
+        ({"task_weights": {"colour": 0, "shape": 0}}, "All task_weights are zero"),
+        ({"loss_gap_temperature": 0}, "loss_gap_temperature is 0"),
+        ({"task_vector_surgery": "cagrad"}, "task_vector_surgery is 'cagrad'.*pcgrad"),
+        ({"task_vector_origin": "pretrained"}, "task_vector_origin is 'pretrained'"),
+        ({"task_vector_origin": "start", "outer_momentum": 0.5}, "outer_momentum=0.5 adds up moves"),
         ({"task_weights": "size"}, "task_weights is 'size'"),
         ({"optimizer_policy": "forget"}, "optimizer_policy is 'forget'"),
         ({"lr_schedule_scope": "epoch"}, "lr_schedule_scope is 'epoch'"),
@@ -127,6 +134,10 @@ def test_evaluation_without_data(tmp_path):
         make_trainer(tmp_path, eval_strategy="epoch")
     with pytest.raises(ValueError, match="eval_experts=True needs eval_dataset"):
         make_trainer(tmp_path, eval_experts=True)
+    with pytest.raises(ValueError, match="outer_learning_rate='search' needs eval_dataset"):
+        make_trainer(tmp_path, outer_learning_rate="search")
+    with pytest.raises(ValueError, match="task_weights='loss_gap' needs eval_dataset"):
+        make_trainer(tmp_path, task_weights="loss_gap")
 
 
 def test_segments_shorter_than_a_batch(tmp_path):

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .callbacks import ATMCallback
     from .config import ATMArguments, ATMConfig
     from .data import TaskDataset
+    from .merge_report import MergeReport
     from .merging import (
         list_merge_methods,
         merge_adapters,
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
         register_merge_method,
     )
     from .modeling import MultiTaskConfig, MultiTaskModel
-    from .rounds import MergeReport
     from .schedule import RoundPlan
     from .trainer import ATMMixin, ATMSeq2SeqTrainer, ATMTrainer
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 if TYPE_CHECKING:
     from .loop import ATMLoop
-    from .rounds import MergeReport
+    from .merge_report import MergeReport
 
 
 class ATMCallback(TrainerCallback):

@@ -64,6 +64,24 @@ def check_keys(name: str, keys: Iterable[str], tasks: Sequence[str]) -> None:
         raise ValueError(f"{name} {' and '.join(parts)}; the tasks are {sorted(tasks)}.")
 
 
+def check_validation(args: Any, eval_sets: Mapping[str, Any]) -> None:
+    """Refuse settings that measure something on validation data when there is none.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    wishes = {
+        "eval_strategy": args.eval_strategy != "no",
+        "eval_experts": args.eval_experts,
+        "outer_learning_rate": args.outer_learning_rate == "search",
+        "task_weights": args.task_weights == "loss_gap",
+    }
+    for name, wished in wishes.items():
+        if wished and not eval_sets:
+            value = getattr(args, name)
+            raise ValueError(f"{name}={getattr(value, 'value', value)!r} needs eval_dataset={{task: dataset}}.")
+
+
 def check_labels(model: Any, name: str, datasets: Mapping[str, Any]) -> None:
     """Check label counts and values of Hugging Face data sets against the heads of a multi-task model.
 

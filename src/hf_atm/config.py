@@ -11,13 +11,18 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from .merging import check_merge_kwargs
+from .outer import check_weights
+from .surgery import SURGERIES
 
 
 _CHOICES = {
     "optimizer_policy": ("reset", "keep", "per_task", "per_task_second_moment"),
     "lr_schedule_scope": ("segment", "run"),
     "lora_merge_mode": ("delta", "svd", "adapter"),
+    "task_vector_origin": ("round", "start"),
+    "task_vector_surgery": (None, *SURGERIES),
 }
+_WEIGHTINGS = ("uniform", "num_examples", "loss_gap")
 
 # Optimizers that keep state where clearing `state` does not reach it.
 _OUT_OF_REACH_OPTIMIZERS = ("prodigy", "dadapt", "layerwise", "lomo")
@@ -52,8 +57,9 @@ class ATMArguments:
     outer_learning_rate: float | str | None = field(
         default=1.0,
         metadata={
-            "help": "Step size of the merge: a number above 0, or 'norm' for the data-free scale that gives the merged "
-            "update the root-mean-square norm of the task vectors."
+            "help": "Step size of the merge: a number above 0, 'norm' for the data-free scale that gives the merged "
+            "update the root-mean-square norm of the task vectors, or 'search' for a line search on the evaluation "
+            "data, from there."
         },
     )
     outer_momentum: float = field(
@@ -64,7 +70,27 @@ class ATMArguments:
     )
     task_weights: dict | str | None = field(
         default="uniform",
-        metadata={"help": "'uniform', 'num_examples', or a JSON object {task: weight} that names every task."},
+        metadata={
+            "help": "'uniform', 'num_examples', 'loss_gap' (tasks that lost most by the last merge, on the evaluation "
+            "data, count most), or a JSON object {task: weight} that names every task."
+        },
+    )
+    loss_gap_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature of task_weights='loss_gap', in units of the loss; the higher, the more uniform."
+        },
+    )
+    task_vector_surgery: str | None = field(
+        default=None,
+        metadata={"help": "Take conflicts out of the task vectors before the merge: 'pcgrad' or 'gram_schmidt'."},
+    )
+    task_vector_origin: str = field(
+        default="round",
+        metadata={
+            "help": "'round' measures task vectors from the round's base, 'start' from where the run began, which the "
+            "merge then moves from as well (METIS)."
+        },
     )
     max_task_vector_norm: float | str | None = field(
         default=None,
@@ -132,7 +158,7 @@ class ATMArguments:
             )
         self.merge_kwargs = check_merge_kwargs(self.merge_method, self.merge_kwargs or {})
         self.task_weights = self.task_weights or "uniform"
-        self.outer_learning_rate = _number_or("outer_learning_rate", self.outer_learning_rate, "norm") or 1.0
+        self.outer_learning_rate = _number_or("outer_learning_rate", self.outer_learning_rate, "norm", "search") or 1.0
         self.max_task_vector_norm = _number_or("max_task_vector_norm", self.max_task_vector_norm, "mean")
         self._check_fields()
         # One epoch of the Trainer is one round; whatever the host counts in epochs, it counts in rounds.
@@ -153,11 +179,19 @@ class ATMArguments:
             raise ValueError(f"outer_momentum is {self.outer_momentum}; it must lie in [0, 1).")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
-        if isinstance(self.task_weights, str) and self.task_weights not in ("uniform", "num_examples"):
-            hint = " 'loss_gap' is not available yet." if self.task_weights == "loss_gap" else ""
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, choices))}.")
+        if isinstance(self.task_weights, dict):
+            check_weights(self.task_weights)
+        elif self.task_weights not in _WEIGHTINGS:
             raise ValueError(
-                f"task_weights is {self.task_weights!r}; use 'uniform', 'num_examples' or {{task: weight}}.{hint}"
+                f"task_weights is {self.task_weights!r}; use {', '.join(map(repr, _WEIGHTINGS))} or {{task: weight}}."
+            )
+        if not (self.loss_gap_temperature > 0 and math.isfinite(self.loss_gap_temperature)):
+            raise ValueError(f"loss_gap_temperature is {self.loss_gap_temperature}; it must be above 0.")
+        if self.task_vector_origin == "start" and self.outer_momentum:
+            raise ValueError(
+                f"outer_momentum={self.outer_momentum} adds up moves between rounds, and task_vector_origin='start' "
+                "replaces them; set outer_momentum=0."
             )
         if self.task_parallel:
             raise ValueError("task_parallel=True is not available yet; leave it off and tasks take turns.")
@@ -230,13 +264,14 @@ def check_host_arguments(args: Any) -> None:
             raise ValueError(f"{reason}.")
 
 
-def _number_or(name: str, value: float | str | None, word: str) -> float | str | None:
-    if value is None or value == word:
+def _number_or(name: str, value: float | str | None, *words: str) -> float | str | None:
+    if value is None or value in words:
         return value
+    choices = " or ".join(map(repr, words))
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r}; use a number above 0 or '{word}'.") from None
+        raise ValueError(f"{name} is {value!r}; use a number above 0 or {choices}.") from None
     if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"{name} is {value!r}; it must be above 0, or '{word}'.")
+        raise ValueError(f"{name} is {value!r}; it must be above 0, or {choices}.")
     return number

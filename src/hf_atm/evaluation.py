@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -167,6 +167,11 @@ class EvaluationMixin:
     def scores(self, metrics: Mapping[str, float], prefix: str = "eval") -> tuple[dict[str, float], dict[str, str]]:
         """Each task's first metric in the result of `evaluate`: values and names by task."""
         return scores_of(metrics, prefix, list(self.atm.plan.tasks), self._primary())
+
+    def validation_losses(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Validation loss of the live model on each of `tasks`; nothing is logged."""
+        host: Any = self
+        return {task: self._score(task, host.eval_dataset[task], None, "eval")[f"eval_{task}_loss"] for task in tasks}
 
     def evaluate_expert(self, task: str) -> tuple[dict[str, float], float | None]:
         """Metrics of the model as it is on one task, and the first of them."""

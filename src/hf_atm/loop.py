@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -15,17 +16,28 @@ from .checkpoint import REPORT_NAME, load_tensors, load_values, save_state, writ
 from .data import RoundDataset, segment_length
 from .learning_rate import learning_rate_multiplier
 from .lora import check_adapter_setup
+from .merge_report import DivergenceError, MergeReport
 from .moments import OptimizerMemory
-from .outer import OuterOptimizer, task_weights
+from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
-from .rounds import DivergenceError, MergeReport, RoundState
+from .rounds import RoundState
 from .schedule import RoundPlan
 from .seeding import derive_seed, seed_everything
 
 
 _STATE_VERSION = 1
 # What the report knows of rounds done and of the round in progress.
-_PROGRESS = ("records", "seconds", "segment_loss", "round_losses", "expert_metrics", "expert_scores")
+_PROGRESS = (
+    "records",
+    "seconds",
+    "segment_loss",
+    "round_losses",
+    "expert_metrics",
+    "expert_scores",
+    "base_losses",
+    "loss_gaps",
+    "searched",
+)
 
 
 class ATMLoop:
@@ -117,15 +129,22 @@ class ATMLoop:
             args.max_task_vector_norm,
             args.keep_task_vectors,
             self.groups.statistics(),
+            surgery=args.task_vector_surgery,
+            seed=args.seed,
+            anchored=args.task_vector_origin == "start",
+            late_weights=args.task_weights == "loss_gap",
         )
         self.memory = OptimizerMemory(args.optimizer_policy)
 
     def _reset_progress(self) -> None:
-        self.seconds = {"tuning": 0.0, "merging": 0.0, "evaluating": 0.0}
+        self.seconds = {"tuning": 0.0, "merging": 0.0, "searching": 0.0, "evaluating": 0.0}
         self.segment_loss = [0.0, 0.0]
         self.round_losses: dict[str, float] = {}
         self.expert_metrics: dict[str, dict[str, float]] = {}
         self.expert_scores: dict[str, float] = {}
+        self.base_losses: dict[str, float] = {}
+        self.loss_gaps: dict[str, float] = {}
+        self.searched = 0
 
     def add_dataset(self, task: str, dataset: Any) -> None:
         """Take in another task between runs; nothing changes when it does not fit."""
@@ -143,6 +162,15 @@ class ATMLoop:
     def count_evaluation(self, seconds: float) -> None:
         """Book wall time spent on evaluation."""
         self.seconds["evaluating"] += seconds
+
+    def measure_losses(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Validation losses of the live model, for the loop's own decisions; their cost is booked as such."""
+        evaluating = self.seconds["evaluating"]
+        losses = self.trainer.validation_losses(tasks)
+        self.seconds["searching"] += self.seconds["evaluating"] - evaluating
+        self.seconds["evaluating"] = evaluating
+        self.searched += sum(len(self.trainer.eval_dataset[task]) for task in tasks)
+        return losses
 
     # ---- Events ----
 
@@ -166,6 +194,8 @@ class ATMLoop:
             return control
         if position.task == self.plan.tasks[0]:
             self.round_losses = {}
+            if self.args.task_weights == "loss_gap":
+                self.base_losses = self.measure_losses(self.plan.tasks)
             control = self.emit("on_round_begin", state, control, round=position.round)
         # Each segment draws from its own stream: what a task sees does not depend on the tasks before it.
         seed_everything(derive_seed(self.args.seed, position.round, position.task, self.args.process_index))
@@ -188,7 +218,9 @@ class ATMLoop:
         task = segment.task
         if self.args.eval_experts:
             self.expert_metrics[task], self.expert_scores[task] = self.trainer.evaluate_expert(task)
-        clock = perf_counter()
+        if self.args.task_weights == "loss_gap":
+            self.loss_gaps[task] = self.base_losses[task] - self.measure_losses([task])[task]
+        clock, searching = perf_counter(), self.seconds["searching"]
         if self.args.world_size > 1:
             for buffer in self.rounds.statistics.values():
                 buffer.copy_(broadcast(buffer.clone()))
@@ -198,19 +230,29 @@ class ATMLoop:
             self.memory.end(self.trainer.optimizer, task)
             report = None
             if self.plan.is_round_end(state.global_step):
-                report = self.rounds.merge(segment.round)
+                report = self._merge(segment.round)
             else:
                 self.rounds.restore()
         except DivergenceError as error:
             raise self._undo(error) from None
         self._synchronise_schedule(state.global_step)
-        self.seconds["merging"] += perf_counter() - clock
+        self.seconds["merging"] += perf_counter() - clock - (self.seconds["searching"] - searching)
         if report is not None:
             control = self._close_round(report, state, control)
         if self.args.logging_strategy != "no":
             # A logged loss never averages two tasks.
             control.should_log = True
         return control
+
+    def _merge(self, round_index: int) -> MergeReport:
+        args = self.args
+        weights = loss_gap_weights(self.loss_gaps, args.loss_gap_temperature) if self.loss_gaps else None
+        searching = args.outer_learning_rate == "search"
+        losses = partial(self.measure_losses, self.plan.tasks) if searching else None
+        report = self.rounds.merge(round_index, weights, losses)
+        report.loss_gaps, report.searching = self.loss_gaps, self.searched
+        self.loss_gaps, self.searched = {}, 0
+        return report
 
     def _close_round(self, report: MergeReport, state: Any, control: Any) -> Any:
         report.seconds = dict(self.seconds)
@@ -359,6 +401,9 @@ class ATMLoop:
             "lr_schedule_scope": args.lr_schedule_scope,
             "lora_merge_mode": args.lora_merge_mode,
             "keep_task_vectors": args.keep_task_vectors,
+            "task_vector_surgery": args.task_vector_surgery,
+            "task_vector_origin": args.task_vector_origin,
+            "loss_gap_temperature": args.loss_gap_temperature,
             "task_specific_modules": list(args.task_specific_modules),
             "model": self.groups.digest(),
         }

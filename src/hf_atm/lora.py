@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -158,6 +159,16 @@ class LoraSpace(Space):
             base[name] = base[name] + move[name]
         self.restore(base)
 
+    @contextmanager
+    def probe(self, base: Mapping[str, Tensor], move: Mapping[str, Tensor], scale: float = 1.0) -> Iterator[None]:
+        held = {name: tensor.clone() for name, tensor in self.checkpoint_weights().items()}
+        try:
+            self.advance(dict(base), {name: scale * move[name] for name in self.shapes})
+            yield
+        finally:
+            self.load_checkpoint_weights(held)
+            self.restore(base)
+
     def _compress(self, name: str, base: dict[str, Tensor], update: Tensor) -> None:
         layer = self.layers[name]
         a_name, b_name = self.factor_names(name)
@@ -195,6 +206,11 @@ def check_adapter_setup(trainer: Any, space: Space, has_statistics: bool) -> Non
         raise ValueError(
             f"{type(trainer).__name__} takes the model without its adapter as reference, and lora_merge_mode='delta' "
             "moves that; use lora_merge_mode='svd', or pass ref_model."
+        )
+    if isinstance(space, LoraSpace) and trainer.args.task_vector_origin == "start":
+        raise ValueError(
+            f"task_vector_origin='start' needs whole weights, and lora_merge_mode={space.mode!r} starts an adapter anew "
+            "in each round; use task_vector_origin='round', or lora_merge_mode='adapter'."
         )
     if not delta and has_statistics:
         raise ValueError(

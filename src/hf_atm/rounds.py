@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .geometry import Sketch, cosines, gram_matrix, squared_norm
+from .line_search import search_step
+from .merge_report import DivergenceError, MergeReport
 from .merging import get_merge_method, linear_coefficients, merge_buffers, merge_task_vectors, norm_scale
 from .merging.linear import is_linear
 from .outer import OuterOptimizer, clip_factors
+from .seeding import derive_seed
 from .spaces import Space, TaskVector
-
-
-class DivergenceError(FloatingPointError):
-    """A loss or task vector became NaN or infinite; the model holds the last merged weights again."""
-
-
-@dataclass
-class MergeReport:
-    """What one merge did.
-
-    Attributes:
-        round: 0-based round.
-        tasks: tasks merged, in the plan's order.
-        method: name of the merge method.
-        weights: weight per task, before any normalisation by the method.
-        task_vector_norms: L2 norm of each round-local task vector, before clipping.
-        cosines: cosine of each pair of task vectors, by task and task.
-        cosines_exact: `False` when the vectors were summed as they came and cosines are estimated to about 0.002.
-        merged_norm: L2 norm of the merged update, before the outer step.
-        step_size: factor between the merged update and the base's move (momentum aside).
-        seconds: wall time spent in this round on `tuning`, `merging` and `evaluating`.
-    """
-
-    round: int
-    tasks: list[str]
-    method: str
-    weights: dict[str, float]
-    task_vector_norms: dict[str, float]
-    cosines: dict[str, dict[str, float]]
-    cosines_exact: bool
-    merged_norm: float
-    step_size: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready copy."""
-        return asdict(self)
+from .surgery import SURGERIES, MixedTaskVector
 
 
 class RoundState:
@@ -63,14 +29,20 @@ class RoundState:
     Args:
         space (`Space`): the shared part of the model.
         tasks (`list[str]`): all tasks of a round.
-        weights (`Mapping[str, float]`): weight per task.
+        weights (`Mapping[str, float]`): weight per task, unless [`merge`] is given others.
         method (`str`): a registered merge method.
         merge_kwargs (`Mapping[str, Any]`): its parameters; `scaling_coefficient` may be a number or `"norm"`.
         outer (`OuterOptimizer`): steps the base.
         max_norm (`float`, `"mean"` or `None`): clips task vectors.
-        keep (`bool`): hold every task vector even where a sum would do.
+        keep (`bool`): hold every task vector even where a sum would do, and beyond the merge.
         statistics (`Mapping[str, Tensor]`, *optional*): live running statistics of batch normalisation, pooled over
             tasks in every round.
+        surgery (`str`, *optional*): a name of `SURGERIES`, done to the task vectors before they are merged.
+        seed (`int`, *optional*, defaults to 0): decides the orders that surgery takes tasks in.
+        anchored (`bool`, *optional*, defaults to `False`): measure task vectors from where the run started rather
+            than from the round's base, and make the merge a move from there (METIS).
+        late_weights (`bool`, *optional*, defaults to `False`): whether [`merge`] will be given weights, so that no
+            sum can be made before.
     """
 
     def __init__(
@@ -84,25 +56,37 @@ class RoundState:
         max_norm: float | str | None = None,
         keep: bool = False,
         statistics: Mapping[str, Tensor] | None = None,
+        surgery: str | None = None,
+        seed: int = 0,
+        anchored: bool = False,
+        late_weights: bool = False,
     ) -> None:
         self.space = space
         self.tasks = tasks
-        self.weights = dict(weights)
         self.method = get_merge_method(method).name
         self.merge_kwargs = dict(merge_kwargs)
         self.outer = outer
         self.max_norm = max_norm
         self.linear = is_linear(method)
-        self.streaming = self.linear and not keep and not space.compact and max_norm != "mean"
+        self.keep = keep
+        self.surgery = surgery
+        self.seed = seed
+        self.anchored = anchored
+        self.origin: dict[str, Tensor] = {}
+        self.mixing: Tensor | None = None
+        self.streaming = self.linear and not (keep or space.compact or max_norm == "mean" or surgery or late_weights)
         self.statistics = dict(statistics or {})
         self.method_kwargs = {key: value for key, value in merge_kwargs.items() if key != "scaling_coefficient"}
-        if self.linear:
-            coefficients = linear_coefficients(
-                self.method, [self.weights[task] for task in tasks], **self.method_kwargs
-            )
-            self.coefficients = dict(zip(tasks, coefficients, strict=True))
+        self._weigh(weights)
         self.merged_vectors: dict[str, TaskVector] = {}
         self._clear()
+
+    def _weigh(self, weights: Mapping[str, float]) -> None:
+        self.weights = dict(weights)
+        if self.linear:
+            values = [self.weights[task] for task in self.tasks]
+            coefficients = linear_coefficients(self.method, values, **self.method_kwargs)
+            self.coefficients = dict(zip(self.tasks, coefficients, strict=True))
 
     def _clear(self) -> None:
         self.norms: dict[str, float] = {}
@@ -114,9 +98,16 @@ class RoundState:
     def open(self) -> None:
         """Start a round from the live model."""
         self.base = self.space.snapshot()
+        if self.anchored and not self.origin:
+            self.origin = self.space.snapshot()
         self.base_statistics = self._read_statistics()
         self.merged_vectors = {}
         self._clear()
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """Where this round's task vectors begin, and the merged move too."""
+        return self.origin if self.anchored else self.base
 
     def _read_statistics(self) -> dict[str, Tensor]:
         return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.statistics.items()}
@@ -133,7 +124,7 @@ class RoundState:
         if self.streaming:
             norm = self._add_to_sum(task)
         else:
-            vector = self.space.capture(self.base)
+            vector = self.space.capture(self.start)
             norm = _norm(vector.values())
             if math.isfinite(norm):
                 self.vectors[task] = vector
@@ -152,11 +143,11 @@ class RoundState:
         sketch = Sketch(sum(shape.numel() for shape in shapes.values()), next(iter(self.base.values())).device)
         scale = self.coefficients[task]
         if self.max_norm is not None:
-            squares = [squared_norm(self.space.difference(self.base, name)) for name in shapes]
+            squares = [squared_norm(self.space.difference(self.start, name)) for name in shapes]
             scale *= clip_factors({task: math.sqrt(sum(squares))}, self.max_norm)[task]
         total = 0.0
         for name in shapes:
-            difference = self.space.difference(self.base, name)
+            difference = self.space.difference(self.start, name)
             total += squared_norm(difference)
             sketch.add(difference)
             if name in self.sum:
@@ -176,8 +167,19 @@ class RoundState:
         for name, buffer in self.statistics.items():
             buffer.copy_(values[name])
 
-    def merge(self, round_index: int) -> MergeReport:
+    def merge(
+        self,
+        round_index: int,
+        weights: Mapping[str, float] | None = None,
+        losses: Callable[[], Mapping[str, float]] | None = None,
+    ) -> MergeReport:
         """Merge all task vectors, step the base, write it into the live model and begin the next round there.
+
+        Args:
+            round_index (`int`): 0-based round.
+            weights (`Mapping[str, float]`, *optional*): this round's weights, in place of the constant ones.
+            losses (`Callable[[], Mapping[str, float]]`, *optional*): validation loss of every task with the live
+                model; given, the outer step is searched.
 
         Returns:
             [`MergeReport`]: without `seconds`.
@@ -186,6 +188,9 @@ class RoundState:
             DivergenceError: when the merged update holds NaN or infinity; the base stands as it was.
         """
         norms = [self.norms[task] for task in self.tasks]
+        if weights is not None:
+            self._weigh(weights)
+        self.mixing = self._operate(round_index)
         merged = self._merged()
         merged_norm = _norm(merged.values())
         if not math.isfinite(merged_norm):
@@ -195,7 +200,6 @@ class RoundState:
             )
         self.step_size = self.outer.step_size(norms, merged_norm)
         angles, exact = self._cosines()
-        self.space.advance(self.base, self.outer.step(merged, self.step_size))
         if self.statistics:
             pooled = merge_buffers(
                 [self.task_statistics[task] for task in self.tasks],
@@ -203,9 +207,19 @@ class RoundState:
                 [self.weights[task] for task in self.tasks],
             )
             self._write_statistics(pooled)
+        move = self.outer.step(merged, 1.0)
+        tried: dict[float, float] = {}
+        if losses is not None:
+            self.step_size, tried = self._search(move, losses)
+        if self.step_size != 1.0:
+            for tensor in move.values():
+                tensor.mul_(self.step_size)
+        if self.anchored:
+            self.base = {name: tensor.clone() for name, tensor in self.origin.items()}
+        self.space.advance(self.base, move)
         # The next round starts here. Small vectors stay for export; large ones have done their work.
         self.base_statistics = self._read_statistics()
-        self.merged_vectors = self.vectors if self.space.compact else {}
+        self.merged_vectors = self.vectors if self.space.compact or self.keep else {}
         self._clear()
         return MergeReport(
             round=round_index,
@@ -217,7 +231,26 @@ class RoundState:
             cosines_exact=exact,
             merged_norm=merged_norm,
             step_size=self.step_size,
+            step_sizes_tried=[list(pair) for pair in tried.items()],
         )
+
+    def _search(
+        self, move: Mapping[str, Tensor], losses: Callable[[], Mapping[str, float]]
+    ) -> tuple[float, dict[float, float]]:
+        def losses_at(step_size: float) -> Mapping[str, float]:
+            with self.space.probe(self.start, move, step_size):
+                return losses()
+
+        return search_step(losses_at, self.step_size)
+
+    def _operate(self, round_index: int) -> Tensor | None:
+        """The combinations of task vectors that surgery makes, if any is asked for."""
+        if self.surgery is None:
+            return None
+        factors = clip_factors(self.norms, self.max_norm)
+        scale = torch.tensor([factors[task] for task in self.tasks], dtype=torch.float64)
+        gram = gram_matrix([self.vectors[task] for task in self.tasks]) * scale[:, None] * scale
+        return SURGERIES[self.surgery](gram, self.tasks, derive_seed(self.seed, "surgery", round_index))
 
     def _merged(self) -> dict[str, Tensor]:
         factors = clip_factors(self.norms, self.max_norm)
@@ -235,9 +268,12 @@ class RoundState:
         return merged
 
     def merge_vectors(self, vectors: Mapping[str, TaskVector]) -> dict[str, Tensor]:
-        """What the round's method makes of task vectors, before its scale and the outer step."""
+        """What surgery and the round's method make of task vectors, before its scale and the outer step."""
+        held: list[TaskVector] = [vectors[task] for task in self.tasks]
+        if self.mixing is not None:
+            held = [MixedTaskVector(held, row) for row in self.mixing.tolist()]
         return merge_task_vectors(
-            [vectors[task] for task in self.tasks],
+            held,
             method=self.method,
             weights=[self.weights[task] for task in self.tasks],
             names=self.tasks,
@@ -246,11 +282,15 @@ class RoundState:
 
     def linear_shares(self) -> dict[str, float] | None:
         """How much of each task vector the last move held, when that is all the move was; `None` otherwise."""
-        if self.outer.momentum or not self.linear:
+        if self.outer.momentum or not self.linear or not self.merged_vectors:
             return None
+        shares = torch.tensor([self.coefficients[task] for task in self.tasks], dtype=torch.float64)
+        if self.mixing is not None:
+            shares = shares @ self.mixing
+        scale = self.scale * self.step_size
         return {
-            task: self.coefficients[task] * self.scale * self.step_size * vector.factor
-            for task, vector in self.merged_vectors.items()
+            task: share * scale * self.merged_vectors[task].factor
+            for task, share in zip(self.tasks, shares.tolist(), strict=True)
         }
 
     def last_move(self) -> dict[str, Tensor]:
@@ -274,6 +314,7 @@ class RoundState:
     def state(self, mid_round: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a checkpoint must hold beside the Trainer's own: JSON-ready values, and tensors by dotted name."""
         tensors = {f"outer.velocity.{name}": tensor for name, tensor in self.outer.velocity.items()}
+        tensors |= {f"origin.{name}": tensor for name, tensor in self.origin.items()}
         tensors |= {f"weights.{name}": tensor for name, tensor in self.space.checkpoint_weights().items()}
         # The Trainer's checkpoint of an adapter holds no buffers.
         tensors |= {f"statistics.{name}": tensor for name, tensor in self._read_statistics().items()}
@@ -294,6 +335,7 @@ class RoundState:
     def load(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor], mid_round: bool) -> None:
         """Counterpart of `state`; the live model already holds the checkpoint's weights."""
         self.outer.velocity = _group(tensors, "outer.velocity", self.space)
+        self.origin = _group(tensors, "origin", self.space)
         self.load_weights(tensors)
         self.open()
         if not mid_round:
@@ -306,7 +348,7 @@ class RoundState:
         for task in self.norms:
             if not self.streaming:
                 stored = _group(tensors, f"task_vectors.{task}", self.space)
-                self.vectors[task] = self.space.revive(self.base, stored)
+                self.vectors[task] = self.space.revive(self.start, stored)
             if self.statistics:
                 self.task_statistics[task] = _under(tensors, f"task_statistics.{task}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,11 @@ class Space(ABC):
     def advance(self, base: dict[str, Tensor], move: Mapping[str, Tensor]) -> None:
         """Add a merged move to `base`, in place, and write it into the live model."""
 
+    @abstractmethod
+    @contextmanager
+    def probe(self, base: Mapping[str, Tensor], move: Mapping[str, Tensor], scale: float = 1.0) -> Iterator[None]:
+        """The live model at `base` + `scale` x `move` for as long as the context lasts, then at `base`."""
+
     def checkpoint_weights(self) -> dict[str, Tensor]:
         """Weights that a merge changes and the Trainer's own checkpoint lacks."""
         return {}
@@ -144,3 +150,13 @@ class WeightSpace(Space):
         for name in self.parameters:
             base[name].add_(move[name])
         self.restore(base)
+
+    @contextmanager
+    def probe(self, base: Mapping[str, Tensor], move: Mapping[str, Tensor], scale: float = 1.0) -> Iterator[None]:
+        try:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(base[name] + scale * move[name])
+            yield
+        finally:
+            self.restore(base)

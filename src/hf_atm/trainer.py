@@ -80,9 +80,7 @@ class ATMMixin(EvaluationMixin):
         ):
             if isinstance(value, Mapping):
                 checks.check_keys(name, value, tasks)
-        if not eval_sets and (args.eval_strategy != "no" or args.eval_experts):
-            wish = "eval_experts=True" if args.eval_strategy == "no" else f"eval_strategy={str(args.eval_strategy)!r}"
-            raise ValueError(f"{wish} needs eval_dataset={{task: dataset}}.")
+        checks.check_validation(args, eval_sets)
         if getattr(args, "eval_packing", None) not in (None, getattr(args, "packing", None)):
             raise ValueError("eval_packing must equal packing, since the host prepares all data sets alike.")
         if args.n_gpu > 1:

@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from ..data import RoundDataset
 from ..loop import ATMLoop
-from ..rounds import DivergenceError
+from ..merge_report import DivergenceError
 from ..schedule import Position, RoundPlan, Segment
 from ..seeding import derive_seed
 from ..trainer import ATMTrainer
