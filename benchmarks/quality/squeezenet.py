@@ -72,10 +72,19 @@ class SqueezeNetModel(PreTrainedModel):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutput:
-        """`(batch_size, 3, height, width)` to `last_hidden_state` of shape `(batch_size, 512, h, w)`."""
-        return BaseModelOutput(last_hidden_state=self.features(pixel_values))
+        """`(batch_size, 3, height, width)` to `last_hidden_state` of shape `(batch_size, 512, h, w)`.
+
+        Features are normalised over channels, without parameters: as they are they reach a thousand, and a new linear
+        head would start from a loss of hundreds.
+        """
+        features = self.features(pixel_values).permute(0, 2, 3, 1)
+        features = nn.functional.layer_norm(features, features.shape[-1:])
+        return BaseModelOutput(last_hidden_state=features.permute(0, 3, 1, 2))
 
 
 AutoConfig.register(SqueezeNetConfig.model_type, SqueezeNetConfig, exist_ok=True)

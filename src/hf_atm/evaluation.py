@@ -173,6 +173,13 @@ class EvaluationMixin:
         host: Any = self
         return {task: self._score(task, host.eval_dataset[task], None, "eval")[f"eval_{task}_loss"] for task in tasks}
 
+    def quiet_scores(self, sets: Mapping[str, Any]) -> dict[str, float]:
+        """Each task's first metric on `sets` with the live model; nothing is logged."""
+        metrics: dict[str, float] = {}
+        for task, dataset in sets.items():
+            metrics |= self._score(task, dataset, None, "eval")
+        return self.scores(metrics)[0]
+
     def evaluate_expert(self, task: str) -> tuple[dict[str, float], float | None]:
         """Metrics of the model as it is on one task, and the first of them."""
         host: Any = self

@@ -216,6 +216,19 @@ class MultiTaskModel(TaskSpecificMixin):
         if self.config.task_specific_modules:
             self._add_copies([name])
 
+    @torch.no_grad()
+    def reset_head(self, task: str, seed: int) -> None:
+        """Gives a task's head new random values, in place.
+
+        Args:
+            task (`str`): The task.
+            seed (`int`): Decides the values together with the task's name.
+        """
+        _, spec = self._spec(task)
+        fresh = self._new_head(task, spec, seed).state_dict()
+        for name, tensor in self.heads[task].state_dict().items():
+            tensor.copy_(fresh[name])
+
     def _spec(self, task: str | None) -> tuple[str, dict[str, Any]]:
         if task is None and len(self.heads) == 1:
             task = next(iter(self.heads))

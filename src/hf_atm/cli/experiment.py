@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from ..config import ATMConfig
 from ..tasks import TaskSpec
 
 
-_TOP_KEYS = ("model", "tasks", "task_defaults", "training", "data_root", "export_tasks")
+_TOP_KEYS = ("model", "tasks", "task_defaults", "training", "data_root", "export_tasks", "compare")
+_COMPARE_KEYS = ("members", "seeds", "steps")
 _MODEL_KEYS = ("backbone", "config", "causal_lm", "pooling", "peft", "image")
 _IMAGE_KEYS = ("size", "channels", "mean", "std")
 
@@ -32,12 +33,14 @@ class Experiment:
         tasks (`dict[str, TaskSpec]`): The tasks, in the file's order.
         args (`ATMConfig`): The run's settings.
         export_tasks (`bool`): Save a stock model per task beside the merged one.
+        compare (`dict`): Members, seeds and steps of a comparison; empty if the file names none.
     """
 
     model: dict[str, Any]
     tasks: dict[str, TaskSpec]
     args: ATMConfig
     export_tasks: bool = False
+    compare: dict[str, Any] = field(default_factory=dict)
 
 
 def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Experiment:
@@ -92,7 +95,10 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     training = dict(as_mapping("training", raw.get("training") or {}))
     if all(task.eval_split for task in tasks.values()):
         training.setdefault("eval_strategy", "epoch")
-    return Experiment(model, tasks, parse_training(training, overrides), bool(raw.get("export_tasks", False)))
+    comparison = dict(as_mapping("compare", raw.get("compare") or {}))
+    check_keys("compare", comparison, _COMPARE_KEYS)
+    args = parse_training(training, overrides)
+    return Experiment(model, tasks, args, bool(raw.get("export_tasks", False)), comparison)
 
 
 def parse_training(training: Mapping[str, Any], overrides: Sequence[str] = ()) -> ATMConfig:
@@ -103,15 +109,30 @@ def parse_training(training: Mapping[str, Any], overrides: Sequence[str] = ()) -
     Raises:
         ValueError: If a field is unknown or its value cannot be read.
     """
+    parser, names = _field_parser()
+    values = {**parse_settings(training), **vars(_parse(parser, names, overrides))}
+    return ATMConfig(**values)
+
+
+def parse_settings(settings: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
+    """Fields of [`ATMConfig`] from a file, text among them read as the command line would read it.
+
+    Raises:
+        ValueError: If a field is unknown or its value cannot be read; `where` says in which section.
+    """
+    parser, names = _field_parser(where)
+    check_keys(where, settings, names)
+    words = [word for name, value in settings.items() if isinstance(value, str) for word in (f"--{name}", value)]
+    return {**settings, **vars(_parse(parser, names, words))}
+
+
+def _field_parser(where: str = "training") -> tuple[_FieldParser, list[str]]:
     parser = _FieldParser(ATMConfig, allow_abbrev=False, add_help=False)
-    names = [f.name for f in fields(ATMConfig) if f.init]
-    check_keys("training", training, names)
-    words = [word for name, value in training.items() if isinstance(value, str) for word in (f"--{name}", value)]
+    parser.where = where
     for action in parser._actions:
         # Only what was given counts; everything else is left to the dataclass.
         action.default = argparse.SUPPRESS
-    values = {**training, **vars(_parse(parser, names, words)), **vars(_parse(parser, names, overrides))}
-    return ATMConfig(**values)
+    return parser, [f.name for f in fields(ATMConfig) if f.init]
 
 
 def resolve_reference(reference: str, folder: Path) -> str:
@@ -142,8 +163,10 @@ def resolve_reference(reference: str, folder: Path) -> str:
 
 
 class _FieldParser(HfArgumentParser):
+    where = "training"
+
     def error(self, message: str) -> Any:
-        raise ValueError(f"training: {message}")
+        raise ValueError(f"{self.where}: {message}")
 
 
 def _parse(parser: _FieldParser, names: Sequence[str], words: Sequence[str]) -> argparse.Namespace:

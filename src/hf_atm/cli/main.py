@@ -25,6 +25,20 @@ follow the file and replaces what the file says:
     hf-atm train examples/configs/glue_local.yaml --resume_from_checkpoint true"""
 
 
+_COMPARE_HELP = """\
+Runs several methods on the same tasks with the same number of optimizer steps and several seeds: joint training, one-shot
+merges, FedAvg, DiLoCo, METIS, ATM with any settings. The file is one for hf-atm train, with a section more:
+
+    compare:
+      seeds: [0, 1, 2]
+      steps: 320                       # optimizer steps per task
+      members:
+        one_shot: {merges: [mean, ties, tsv_m]}
+        joint: {learning_rate: 2e-4}
+        ATM, 10 rounds: {baseline: atm, num_rounds: 10}
+
+Finished runs are kept in the output directory and not repeated; an interrupted one goes on where it stopped."""
+
 _MERGE_HELP = """\
 Merges what a recipe names, tensor by tensor, without loading a model. The result appears under its name only when it is
 whole and verified; an interrupted merge goes on where it stopped when the same command runs again.
@@ -85,6 +99,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="CONFIG.yaml", help="see examples/configs")
 
+    compare = commands.add_parser(
+        "compare",
+        help="ATM beside joint training, one-shot merges and other methods, at equal cost",
+        description=_COMPARE_HELP,
+        usage="hf-atm compare [-h] [options] CONFIG.yaml [--FIELD VALUE ...]",
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    compare.add_argument("config", metavar="CONFIG.yaml", help="see examples/configs")
+    compare.add_argument("--members", nargs="+", metavar="NAME", help="only these members of the file")
+    compare.add_argument("--seeds", nargs="+", type=int, metavar="N", help="replaces the file's seeds")
+    compare.add_argument("--steps", type=int, metavar="S", help="optimizer steps per task; replaces the file's")
+
     merge = commands.add_parser(
         "merge",
         help="merge checkpoints larger than memory, or adapters, from a recipe",
@@ -137,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "compare"):
         parser.error(f"unknown argument: {rest[0]}")
     debug, quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     # Set before transformers and tokenizers are imported, which read them once.
@@ -153,6 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .merge import merge
 
             return merge(args.recipe, args.output, args, quiet=quiet)
+        if args.command == "compare":
+            from .compare import compare
+
+            return compare(args.config, rest, args.members, args.seeds, args.steps, quiet=quiet)
         from . import commands
 
         if args.command == "train":

@@ -71,7 +71,7 @@ def build_workbench(experiment: Experiment, model: Any = None) -> Workbench:
     else:
         kwargs["compute_metrics"] = {name: task.compute_metrics for name, task in tasks.items()}
     if model is None:
-        model = _build_model(spec, {name: task.head for name, task in tasks.items()})
+        model = build_model(spec, tasks)
     return Workbench(model, tasks, processor, kwargs)
 
 
@@ -107,8 +107,21 @@ def build_peft_config(values: Mapping[str, Any], causal_lm: bool) -> Any:
     return LoraConfig(**{**defaults, **values})
 
 
-def _build_model(spec: Mapping[str, Any], heads: dict[str, dict]) -> Any:
+def build_model(spec: Mapping[str, Any], tasks: Mapping[str, TaskData], seed: int | None = None) -> Any:
+    """The model of an experiment.
+
+    Args:
+        spec (`Mapping[str, Any]`): `model` of an [`Experiment`].
+        tasks (`Mapping[str, TaskData]`): the loaded tasks, whose heads it gets.
+        seed (`int`, *optional*): decides heads and, without pretrained weights, everything else; by default the
+            present global seed does.
+    """
     import torch
+    from transformers import set_seed
+
+    if seed is not None:
+        set_seed(seed)
+    heads = {name: task.head for name, task in tasks.items()}
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     if "causal_lm" in spec:

@@ -1,0 +1,125 @@
+"""The methods ATM is compared with, as settings of the one loop or of joint training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..callbacks import ATMCallback
+from ..parameters import base_model
+from ..seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method that [`compare`] can run.
+
+    Args:
+        kind (`str`): `"atm"`, `"joint"`, `"joint_proportional"`, `"heads"` (joint training of the heads over a frozen
+            backbone) or `"one_shot"` (one round as long as the whole run, merged by several methods).
+        summary (`str`): what it is and where it comes from.
+        settings (`Callable[[Sequence[str]], dict]`): fields of [`ATMConfig`], given the tasks.
+        callbacks (`Callable[[int], list]`): callbacks of the run, given its seed.
+    """
+
+    kind: str
+    summary: str
+    settings: Callable[[Sequence[str]], dict[str, Any]] = lambda tasks: {}
+    callbacks: Callable[[int], list[ATMCallback]] = lambda seed: []
+
+
+class FreshHeads(ATMCallback):
+    """Every round begins with new heads, so that nothing but the shared weights goes from round to round."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_round_begin(self, args, state, control, *, round, model=None, **kwargs):
+        inner: Any = base_model(model)
+        if not hasattr(inner, "reset_head") or inner is not model:
+            raise ValueError("Fresh heads need a MultiTaskModel without an adapter.")
+        for task in inner.heads:
+            inner.reset_head(task, derive_seed(self.seed, "fresh head", round))
+
+
+_WHOLE_STATE = {"optimizer_policy": "per_task", "lr_schedule_scope": "run"}
+
+BASELINES: Mapping[str, Baseline] = {
+    "pretrained": Baseline("heads", "The pretrained backbone, frozen; heads alone are trained."),
+    "one_shot": Baseline(
+        "one_shot",
+        "Individual experts, tuned for the whole budget, and one merge of them by several methods, with each method's "
+        "usual scale and with the one that validation data choose.",
+    ),
+    "joint": Baseline("joint", "Joint multi-task training, every task equally often."),
+    "joint_proportional": Baseline(
+        "joint_proportional", "Joint multi-task training, tasks sampled in proportion to their sizes."
+    ),
+    "atm": Baseline("atm", "ATM as the settings have it (https://huggingface.co/papers/2411.03055)."),
+    "fedavg": Baseline(
+        "atm",
+        "FedAvg with full participation (https://huggingface.co/papers/1602.05629); ATM with the mean is the same "
+        "algorithm with equal weights.",
+        lambda tasks: {
+            "merge_method": "mean",
+            "task_weights": "num_examples",
+            "outer_learning_rate": 1.0,
+            "optimizer_policy": "reset",
+        },
+    ),
+    "diloco": Baseline(
+        "atm",
+        "DiLoCo (https://huggingface.co/papers/2311.08105): Nesterov momentum outside, AdamW state kept inside.",
+        lambda tasks: {
+            "merge_method": "mean",
+            "outer_learning_rate": 0.7,
+            "outer_momentum": 0.9,
+            "outer_nesterov": True,
+            **_WHOLE_STATE,
+        },
+    ),
+    "isoloco": Baseline(
+        "atm",
+        "IsoLoCo (https://huggingface.co/papers/2607.03011): DiLoCo with Iso-C in place of the mean.",
+        lambda tasks: {
+            "merge_method": "iso_c",
+            # Iso-C of the mean; with equal weights of one it would be that of the sum.
+            "task_weights": dict.fromkeys(tasks, 1 / len(tasks)),
+            "outer_learning_rate": 1.8,
+            "outer_momentum": 0.8,
+            "outer_nesterov": True,
+            **_WHOLE_STATE,
+        },
+    ),
+    "metis": Baseline(
+        "atm",
+        "METIS (https://huggingface.co/papers/2606.16501): loss-gap weights and a consensus mask on task vectors from "
+        "the start; temperature, step and mask are ours, as the paper's are not known to us.",
+        lambda tasks: {
+            "merge_method": "consensus",
+            # Weights have mean 1, and those of METIS sum to 1.
+            "merge_kwargs": {"scaling_coefficient": 1 / len(tasks)},
+            "task_weights": "loss_gap",
+            "task_vector_origin": "start",
+        },
+    ),
+    "cold_fusion": Baseline(
+        "atm",
+        "ColD Fusion (https://huggingface.co/papers/2212.01378): averaging with new heads in every round, all tasks "
+        "taking part.",
+        lambda tasks: {"merge_method": "mean", "outer_learning_rate": 1.0, "optimizer_policy": "reset"},
+        lambda seed: [FreshHeads(seed)],
+    ),
+}
+
+
+def get_baseline(name: str) -> Baseline:
+    """The baseline of that name.
+
+    Raises:
+        KeyError: listing the known ones.
+    """
+    if name not in BASELINES:
+        raise KeyError(f"There is no baseline {name!r}; there are {', '.join(BASELINES)}.")
+    return BASELINES[name]
