@@ -229,6 +229,35 @@ class MultiTaskModel(TaskSpecificMixin):
         for name, tensor in self.heads[task].state_dict().items():
             tensor.copy_(fresh[name])
 
+    @torch.no_grad()
+    def load_head(self, task: str, model: str | os.PathLike | PreTrainedModel) -> None:
+        """Takes a task's head from a stock model of that task; its backbone is left alone.
+
+        Args:
+            task (`str`): The task.
+            model (`str`, `os.PathLike` or [`PreTrainedModel`]): What [`~MultiTaskModel.to_task_model`] gives, or any
+                model of the same class: a folder, a Hub id, or loaded.
+
+        Raises:
+            ValueError: If it is a model of another class, or has another number of labels.
+        """
+        task, _ = self._spec(task)
+        head = self.heads[task]
+        if not isinstance(head, StockHead):
+            raise ValueError(f"task {task!r} has no stock head, so no stock model's head fits it")
+        if isinstance(model, (str, os.PathLike)):
+            model = head.stock_class.from_pretrained(model, dtype=self.dtype)
+        wanted, given = head.state_dict(), model.state_dict()
+        wrong = [
+            f"{name} is {tuple(given[name].shape) if name in given else 'missing'}, not {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name not in given or given[name].shape != tensor.shape
+        ]
+        if wrong:
+            raise ValueError(f"the head of {type(model).__name__} does not fit task {task!r}: {'; '.join(wrong)}")
+        for name, tensor in wanted.items():
+            tensor.copy_(given[name])
+
     def _spec(self, task: str | None) -> tuple[str, dict[str, Any]]:
         if task is None and len(self.heads) == 1:
             task = next(iter(self.heads))

@@ -38,7 +38,7 @@ def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> in
     if quiet:
         args.disable_tqdm, args.round_table = True, False
     calm_libraries()
-    check_export(experiment)
+    export_or_refuse(experiment)
     bench = build_workbench(experiment)
     trainer = build_trainer(experiment, bench)
     if not quiet:
@@ -46,7 +46,7 @@ def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> in
         sizes = ", ".join(f"{task} {len(data)}" for task, data in sorted(bench.split("train").items()))
         print(f"{len(plan.tasks)} tasks ({sizes} examples), {plan.num_rounds} rounds of {plan.round_steps} steps")
     try:
-        trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+        trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
     except FloatingPointError as error:
         trainer.save_model()
         print(f"hf-atm: {error} It is saved in {args.output_dir}.", file=sys.stderr)
@@ -63,16 +63,21 @@ def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> in
     return 0
 
 
-def build_trainer(experiment: Experiment, bench: Workbench) -> ATMTrainer:
-    """The trainer of a loaded experiment, with the console's single progress bar."""
+def build_trainer(
+    experiment: Experiment,
+    bench: Workbench,
+    train: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> ATMTrainer:
+    """The trainer of a loaded experiment, with the console's single progress bar; data may be given."""
     for name, task in experiment.tasks.items():
-        if task.train_split is None:
+        if task.train_split is None and train is None:
             raise ValueError(f"task {name!r} has no train_split; set it, or use hf-atm evaluate")
     trainer = ATMTrainer(
         model=bench.model,
         args=experiment.args,
-        train_dataset=bench.split("train"),
-        eval_dataset=bench.split("eval") or None,
+        train_dataset=bench.split("train") if train is None else train,
+        eval_dataset=(bench.split("eval") if evaluation is None else evaluation) or None,
         processing_class=bench.processing_class,
         **bench.trainer_kwargs,
     )
@@ -80,7 +85,7 @@ def build_trainer(experiment: Experiment, bench: Workbench) -> ATMTrainer:
     return trainer
 
 
-def check_export(experiment: Experiment) -> None:
+def export_or_refuse(experiment: Experiment) -> None:
     """Refuses an export of stock models that could not be made after the run."""
     if not experiment.export_tasks:
         return
@@ -150,8 +155,14 @@ def evaluate(
     return 0
 
 
-def load_model(model: str, causal_lm: bool) -> Any:
-    """A saved model of the kind its configuration and the experiment call for, in fp32."""
+def load_model(model: str, causal_lm: bool, headless: bool = False) -> Any:
+    """A saved model of the kind its configuration and the experiment call for, in fp32.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        causal_lm (`bool`): Whether the experiment is about language modelling.
+        headless (`bool`, *optional*, defaults to `False`): Load a single-task model without its head.
+    """
     import torch
 
     if not os.path.isdir(model) and model.startswith((".", "/", "~")):
@@ -161,8 +172,10 @@ def load_model(model: str, causal_lm: bool) -> Any:
         return MultiTaskModel.from_pretrained(model)
     if causal_lm:
         return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForImageClassification
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModel, AutoModelForImageClassification
 
+    if headless:
+        return AutoModel.from_pretrained(model, dtype=torch.float32)
     text = type(kind) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     auto = AutoModelForSequenceClassification if text else AutoModelForImageClassification
     return auto.from_pretrained(model, dtype=torch.float32)
@@ -211,7 +224,8 @@ def _evaluate(
     return metrics, {task: metrics[f"{split}_{task}_{first}"]}, {task: first}
 
 
-def _resume(value: str | bool | None) -> str | bool | None:
+def resume_value(value: str | bool | None) -> str | bool | None:
+    """`resume_from_checkpoint` as the command line writes it: words for true and false, else a folder."""
     words = {"true": True, "false": False, "none": None}
     return words.get(value.lower(), value) if isinstance(value, str) else value
 

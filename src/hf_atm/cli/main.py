@@ -39,6 +39,15 @@ merges, FedAvg, DiLoCo, METIS, ATM with any settings. The file is one for hf-atm
 
 Finished runs are kept in the output directory and not repeated; an interrupted one goes on where it stopped."""
 
+_REFINE_HELP = """\
+Post-hoc ATM: tunes each task a little from an already merged model, merges, repeats, and keeps the best round, or the
+start if none is better. A small set does; by default it is each task's validation split, a fifth of which chooses the
+round. MERGED is what hf-atm train left, a merged backbone (new heads, or --heads from the task models that were merged),
+or a causal language model. Every field of ATMConfig may follow the file:
+
+    hf-atm merge examples/recipes/ties.yaml merged
+    hf-atm refine merged tasks.yaml --heads sst2=./sst2 cola=./cola --num_rounds 5 --local_steps 8"""
+
 _MERGE_HELP = """\
 Merges what a recipe names, tensor by tensor, without loading a model. The result appears under its name only when it is
 whole and verified; an interrupted merge goes on where it stopped when the same command runs again.
@@ -113,6 +122,32 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", nargs="+", type=int, metavar="N", help="replaces the file's seeds")
     compare.add_argument("--steps", type=int, metavar="S", help="optimizer steps per task; replaces the file's")
 
+    refine = commands.add_parser(
+        "refine",
+        help="rounds of ATM from a model that is merged already",
+        description=_REFINE_HELP,
+        usage="hf-atm refine [-h] [options] MERGED CONFIG.yaml [--FIELD VALUE ...]",
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    refine.add_argument("model", metavar="MERGED", help="folder or Hub id")
+    refine.add_argument("config", metavar="CONFIG.yaml", help="the file that names tasks and settings")
+    refine.add_argument(
+        "--data", choices=("validation", "train"), default="validation", help="split to tune on (default: %(default)s)"
+    )
+    refine.add_argument(
+        "--share", type=float, default=1.0, metavar="F", help="fraction of it used (default: %(default)s)"
+    )
+    refine.add_argument(
+        "--holdout",
+        type=float,
+        default=0.2,
+        metavar="F",
+        help="fraction of validation data that chooses the round (default: %(default)s)",
+    )
+    refine.add_argument("--heads", nargs="+", default=[], metavar="TASK=MODEL", help="take heads from these models")
+
     merge = commands.add_parser(
         "merge",
         help="merge checkpoints larger than memory, or adapters, from a recipe",
@@ -165,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "compare"):
+    if rest and args.command not in ("train", "compare", "refine"):
         parser.error(f"unknown argument: {rest[0]}")
     debug, quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     # Set before transformers and tokenizers are imported, which read them once.
@@ -185,6 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .compare import compare
 
             return compare(args.config, rest, args.members, args.seeds, args.steps, quiet=quiet)
+        if args.command == "refine":
+            from .refine import refine
+
+            return refine(args.model, args.config, rest, args.data, args.share, args.holdout, args.heads, quiet=quiet)
         from . import commands
 
         if args.command == "train":
