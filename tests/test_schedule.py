@@ -24,7 +24,7 @@ def walk(plan):
 def test_every_step_has_its_place():
     places = walk(PLAN)
     assert PLAN.total_steps == len(places) == 12 and PLAN.round_steps == 6
-    assert [tuple(PLAN.locate(step)) for step in range(12)] == places
+    assert [tuple(PLAN.locate(step))[:4] for step in range(12)] == places
     assert PLAN.locate(12).round == 2 and PLAN.locate(12).task == "a"
 
 

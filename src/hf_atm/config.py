@@ -49,6 +49,16 @@ class ATMArguments:
     local_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps per task and round; replaces `local_epochs`. At least 1."}
     )
+    head_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Of these steps, so many are taken after the merge and train the task's head (and other private "
+            "modules) alone, so that it fits the merged weights. At least 0."
+        },
+    )
+    head_learning_rate_ratio: float = field(
+        default=5.0, metadata={"help": "Learning rate of `head_steps`, as a multiple of `learning_rate`. Above 0."}
+    )
     merge_method: str = field(default="mean", metadata={"help": "Any name from `hf_atm.list_merge_methods()`."})
     merge_kwargs: dict | str | None = field(
         default_factory=dict,
@@ -169,12 +179,22 @@ class ATMArguments:
             check_host_arguments(self)
 
     def _check_fields(self) -> None:
-        for name, minimum in (("num_rounds", 1), ("local_steps", 1)):
+        for name, minimum in (("num_rounds", 1), ("local_steps", 1), ("head_steps", 0)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
         if not (self.local_epochs > 0 and math.isfinite(self.local_epochs)):
             raise ValueError(f"local_epochs is {self.local_epochs}; it must be above 0.")
+        if not (self.head_learning_rate_ratio > 0 and math.isfinite(self.head_learning_rate_ratio)):
+            raise ValueError(f"head_learning_rate_ratio is {self.head_learning_rate_ratio}; it must be above 0.")
+        if self.head_steps and self.freeze_heads and not self.task_specific_modules:
+            raise ValueError(
+                f"head_steps={self.head_steps} trains heads, and freeze_heads=True keeps them as they are; drop one."
+            )
+        if self.head_steps and self.full_batch:
+            raise ValueError(
+                f"full_batch makes each segment one optimizer step; head_steps={self.head_steps} must be 0."
+            )
         if not 0 <= self.outer_momentum < 1:
             raise ValueError(f"outer_momentum is {self.outer_momentum}; it must lie in [0, 1).")
         for name, choices in _CHOICES.items():

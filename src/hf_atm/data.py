@@ -76,8 +76,8 @@ class RoundDataset(Dataset):
     """All examples of one round, segment after segment; read it sequentially.
 
     Every task's examples form an endless stream of shuffled epochs, drawn anew each round from (seed, round, task,
-    epoch). A segment is the first `length x global_batch` examples of its task's stream, so no optimizer step ever
-    mixes two tasks, whatever the number of processes.
+    epoch). A segment is the first `length x global_batch` examples of its task's stream (a settling segment the next
+    ones), so no optimizer step ever mixes two tasks, whatever the number of processes.
 
     Args:
         datasets (`Mapping[str, Sequence]`): one map-style data set per task of the plan.
@@ -101,7 +101,7 @@ class RoundDataset(Dataset):
         self.seed = seed
         self.shuffle = shuffle
         self.round = 0
-        self._ends = list(accumulate(length * global_batch for length in plan.lengths))
+        self._ends = list(accumulate(length * global_batch for _, length, _ in plan.segments))
         self._random = {task: _may_be_random(dataset) for task, dataset in self.datasets.items()}
         # One entry per task and epoch of a round would be plenty; a bound keeps many short epochs from piling up.
         self._order = lru_cache(maxsize=2 * len(plan.tasks))(self._permutation)
@@ -124,7 +124,10 @@ class RoundDataset(Dataset):
     def _place(self, index: int) -> tuple[str, int]:
         """Task of the `index`-th example, and its position in that task's stream of this round."""
         segment = bisect_right(self._ends, index)
-        return self.plan.tasks[segment], index - (self._ends[segment - 1] if segment else 0)
+        task, _, settling = self.plan.segments[segment]
+        # A settling segment goes on in the task's stream where its tuning stopped.
+        before = (self.plan.task_steps[task] - self.plan.head_steps) * self.global_batch if settling else 0
+        return task, before + index - (self._ends[segment - 1] if segment else 0)
 
     def __getitem__(self, index: int) -> TaskExample:
         task, epoch, row = self.locate(index)

@@ -15,7 +15,8 @@ def learning_rate_multiplier(plan: RoundPlan, args: Any) -> Callable[[int], floa
     """The factor on the learning rate at each global step, for [`~torch.optim.lr_scheduler.LambdaLR`].
 
     With `lr_schedule_scope="segment"` every segment runs through the whole schedule; with `"run"` each task runs
-    through it once over all rounds, counting its own steps only, so that the order of tasks changes no rate.
+    through it once over all rounds, counting its own steps only, so that the order of tasks changes no rate. Head
+    steps have `head_learning_rate_ratio` times the rate.
 
     Args:
         plan (`RoundPlan`): the run's plan.
@@ -26,22 +27,36 @@ def learning_rate_multiplier(plan: RoundPlan, args: Any) -> Callable[[int], floa
     """
     over_run = args.lr_schedule_scope == "run"
     curves: dict[int, Callable[[int], float]] = {}
-    for length in sorted(set(plan.lengths)):
+    lengths = plan.task_steps.values() if over_run else (length for _, length, _ in plan.segments)
+    for length in sorted(set(lengths)):
         steps = length * plan.num_rounds if over_run else length
-        # transformers builds schedulers, not curves; some of them read the optimizer's own rate.
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-        scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=optimizer,
-            num_warmup_steps=args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-        curves[length] = scheduler.lr_lambdas[0]
+        curves[length] = schedule_curve(args, steps)
 
     def multiplier(step: int) -> float:
-        position = plan.locate(min(step, plan.total_steps - 1))
-        elapsed = position.round * position.length if over_run else 0
-        return curves[position.length](elapsed + position.offset)
+        step = min(step, plan.total_steps - 1)
+        position = plan.locate(step)
+        factor = args.head_learning_rate_ratio if position.settling else 1.0
+        if over_run:
+            return factor * curves[plan.task_steps[position.task]](plan.own_step(step))
+        return factor * curves[position.length](position.offset)
 
     return multiplier
+
+
+def schedule_curve(args: Any, steps: int) -> Callable[[int], float]:
+    """The multiplier of `lr_scheduler_type` over `steps` optimizer steps.
+
+    Args:
+        args (`TrainingArguments`): schedule type, its keywords and warm-up.
+        steps (`int`): length of the schedule.
+    """
+    # transformers builds schedulers, not curves; some of them read the optimizer's own rate.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    return scheduler.lr_lambdas[0]

@@ -21,7 +21,7 @@ from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
 from .rounds import RoundState
-from .schedule import RoundPlan
+from .schedule import Position, RoundPlan, Segment
 from .seeding import derive_seed, seed_everything
 
 
@@ -37,6 +37,7 @@ _PROGRESS = (
     "base_losses",
     "loss_gaps",
     "searched",
+    "merge_record",
 )
 
 
@@ -87,7 +88,15 @@ class ATMLoop:
 
     def _lay_out(self, lengths: dict[str, int]) -> tuple[RoundPlan, RoundDataset]:
         """The plan, and the data in its order, from the optimizer steps per task and round."""
-        plan = RoundPlan(tuple(lengths), tuple(lengths.values()), self.args.num_rounds)
+        head_steps = self.args.head_steps
+        for task, length in lengths.items():
+            if length <= head_steps:
+                raise ValueError(
+                    f"head_steps={head_steps} leaves nothing of the {length} steps of task {task!r} for tuning before "
+                    "the merge; lower it, or raise local_steps."
+                )
+        tuning = tuple(length - head_steps for length in lengths.values())
+        plan = RoundPlan(tuple(lengths), tuning, self.args.num_rounds, head_steps)
         return plan, RoundDataset(self.datasets, plan, self.global_batch, self.data_seed, self.shuffle)
 
     @property
@@ -117,6 +126,12 @@ class ATMLoop:
         """Group the model's parameters and prepare the round; refuses what cannot be merged exactly."""
         args, model = self.args, self.trainer.model
         self.groups = ParameterGroups(model, list(self.plan.tasks), self.merging)
+        without = [task for task in self.plan.tasks if not self.groups.has_private(task)]
+        if self.plan.head_steps and without:
+            raise ValueError(
+                f"head_steps={self.plan.head_steps} trains what belongs to one task alone, and task {without[0]!r} has "
+                "no head or other private module that learns; set head_steps=0."
+            )
         space = self.groups.space(args.lora_merge_mode, args.task_vector_device)
         check_adapter_setup(self.trainer, space, bool(self.groups.statistics()))
         self.rounds = RoundState(
@@ -145,6 +160,7 @@ class ATMLoop:
         self.base_losses: dict[str, float] = {}
         self.loss_gaps: dict[str, float] = {}
         self.searched = 0
+        self.merge_record: dict[str, Any] = {}
 
     def add_dataset(self, task: str, dataset: Any) -> None:
         """Take in another task between runs; nothing changes when it does not fit."""
@@ -186,26 +202,31 @@ class ATMLoop:
         self.resume_from = None
         self.running = True
         finished = state.global_step == self.plan.total_steps
-        self._open_segment(self.plan.tasks[-1] if finished else self.plan.locate(state.global_step).task)
+        position = self.plan.locate(state.global_step - 1 if finished else state.global_step)
+        self._open_segment(position)
 
     def begin_step(self, state: Any, control: Any) -> Any:
         position = self.plan.locate(state.global_step)
         if position.offset:
             return control
-        if position.task == self.plan.tasks[0]:
+        if position.task == self.plan.tasks[0] and not position.settling:
             self.round_losses = {}
             if self.args.task_weights == "loss_gap":
                 self.base_losses = self.measure_losses(self.plan.tasks)
             control = self.emit("on_round_begin", state, control, round=position.round)
         # Each segment draws from its own stream: what a task sees does not depend on the tasks before it.
-        seed_everything(derive_seed(self.args.seed, position.round, position.task, self.args.process_index))
+        settling = ("settling",) if position.settling else ()
+        seed_everything(derive_seed(self.args.seed, position.round, position.task, self.args.process_index, *settling))
         self.memory.begin(self.trainer.optimizer, position.task)
-        self._open_segment(position.task)
+        self._open_segment(position)
+        if position.settling:
+            return control
         return self.emit("on_task_begin", state, control, round=position.round, task=position.task)
 
-    def _open_segment(self, task: str) -> None:
-        self.groups.activate(task)
-        self.private_backup = self.groups.private_values(task)
+    def _open_segment(self, position: Position) -> None:
+        self.groups.activate(position.task)
+        self.groups.train_shared(not position.settling)
+        self.private_backup = self.groups.private_values(position.task)
         self._segment_clock = perf_counter()
         self._evaluating_before = self.seconds["evaluating"]
 
@@ -215,6 +236,21 @@ class ATMLoop:
             return control
         evaluating = self.seconds["evaluating"] - self._evaluating_before
         self.seconds["tuning"] += perf_counter() - self._segment_clock - evaluating
+        if segment.settling:
+            self.memory.end(self.trainer.optimizer, segment.task)
+            self.groups.train_shared(True)
+        else:
+            control = self._close_tuning(segment, state, control)
+        self._synchronise_schedule(state.global_step)
+        if self.plan.is_round_end(state.global_step):
+            control = self._close_round(state, control)
+        if self.args.logging_strategy != "no":
+            # A logged loss never averages two tasks.
+            control.should_log = True
+        return control
+
+    def _close_tuning(self, segment: Segment, state: Any, control: Any) -> Any:
+        """Take the task vector, and merge after the last task."""
         task = segment.task
         if self.args.eval_experts:
             self.expert_metrics[task], self.expert_scores[task] = self.trainer.evaluate_expert(task)
@@ -228,20 +264,13 @@ class ATMLoop:
             norm = self.rounds.capture(task)
             control = self.emit("on_task_end", state, control, round=segment.round, task=task, task_vector_norm=norm)
             self.memory.end(self.trainer.optimizer, task)
-            report = None
-            if self.plan.is_round_end(state.global_step):
-                report = self._merge(segment.round)
+            if self.plan.is_merge(state.global_step):
+                self.merge_record = self._merge(segment.round).to_dict()
             else:
                 self.rounds.restore()
         except DivergenceError as error:
             raise self._undo(error) from None
-        self._synchronise_schedule(state.global_step)
         self.seconds["merging"] += perf_counter() - clock - (self.seconds["searching"] - searching)
-        if report is not None:
-            control = self._close_round(report, state, control)
-        if self.args.logging_strategy != "no":
-            # A logged loss never averages two tasks.
-            control.should_log = True
         return control
 
     def _merge(self, round_index: int) -> MergeReport:
@@ -254,8 +283,8 @@ class ATMLoop:
         self.loss_gaps, self.searched = {}, 0
         return report
 
-    def _close_round(self, report: MergeReport, state: Any, control: Any) -> Any:
-        report.seconds = dict(self.seconds)
+    def _close_round(self, state: Any, control: Any) -> Any:
+        report = MergeReport(**{**self.merge_record, "seconds": dict(self.seconds)})
         self.records.append(
             {
                 **report.to_dict(),
@@ -275,6 +304,7 @@ class ATMLoop:
     def end_training(self, state: Any) -> None:
         """A run that stops inside a round leaves the last merged weights, unless the best ones were just loaded."""
         self.running = False
+        self.groups.train_shared(True)
         loaded_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
         if loaded_best:
             self.rounds.load_weights(load_tensors(state.best_model_checkpoint))
@@ -317,6 +347,7 @@ class ATMLoop:
         """An exception leaves the last merged weights, and a trainer that can be used again."""
         # Before a run begins, the rounds still hold the base of the run before.
         if self.running:
+            self.groups.train_shared(True)
             self.rounds.restore()
         self.running = False
         self.trainer.is_in_train = False
@@ -354,8 +385,9 @@ class ATMLoop:
         self.segment_loss[0] += logs["loss"] * steps
         self.segment_loss[1] += steps
         if self.plan.closed_by(step) is not None:
-            # The record of a finished round holds this very dictionary.
-            self.round_losses[position.task] = self.segment_loss[0] / self.segment_loss[1]
+            if not position.settling:
+                # The record of a finished round holds this very dictionary.
+                self.round_losses[position.task] = self.segment_loss[0] / self.segment_loss[1]
             self.segment_loss = [0.0, 0.0]
 
     def attach_metrics(self, state: Any, metrics: Mapping[str, float]) -> bool:
@@ -385,6 +417,7 @@ class ATMLoop:
             "tasks": list(self.plan.tasks),
             "num_rounds": args.num_rounds,
             "steps_per_segment": list(self.plan.lengths),
+            "head_steps": [args.head_steps, args.head_learning_rate_ratio],
             "num_examples": list(self.num_examples.values()),
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -430,7 +463,7 @@ class ATMLoop:
 
     def _mid_round(self, step: int) -> bool:
         """Whether the weights after `step` steps are one task's, with a base and task vectors beside them."""
-        return not self.plan.is_round_end(step)
+        return not self.plan.is_round_end(step) and not self.plan.locate(step).settling
 
     def save(self, folder: str, step: int) -> None:
         """Write what the Trainer's own checkpoint lacks."""

@@ -91,6 +91,15 @@ class ParameterGroups:
         if has_task_specific(inner):
             inner.activate_task(task)
 
+    def train_shared(self, wanted: bool) -> None:
+        """Let shared parameters learn, or keep them out of the backward pass and from the optimizer."""
+        for parameter in self.shared.values():
+            parameter.requires_grad_(wanted)
+
+    def has_private(self, task: str) -> bool:
+        """Whether anything belongs to `task` alone and can learn."""
+        return bool(self.heads.get(task) or self.copied)
+
     def private_values(self, task: str) -> dict[str, Tensor]:
         """Copies of what only `task` trains, by name."""
         private = {**self.heads.get(task, {}), **self.copied}

@@ -52,6 +52,24 @@ def test_two_processes_equal_one(tmp_path, options):
         assert together_scores == pytest.approx(alone_scores, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head_steps": 1},
+        {"outer_learning_rate": "search", "task_weights": "loss_gap", "task_vector_surgery": "pcgrad"},
+    ],
+    ids=["head steps", "measured"],
+)
+def test_two_processes_settle_and_measure_as_one(tmp_path, settings):
+    # The Trainer's loss counts what fills up an uneven last batch, so that a measured loss needs even ones.
+    even = ("--eval-size", "16")
+    (one,), alone = run(tmp_path / "one", 1, "--batch", "8", *even, **settings)
+    (first, second), together = run(tmp_path / "two", 2, "--batch", "4", *even, **settings)
+    assert largest_difference(first, second) == 0.0
+    assert largest_difference(one, first) <= 1e-5
+    assert together["scores"][-1] == pytest.approx(alone["scores"][-1], abs=1e-4)
+
+
 def test_gradient_norms_do_not_depend_on_accumulation(tmp_path):
     (one,), whole = run(tmp_path / "whole", 1, "--batch", "8")
     (two,), parts = run(tmp_path / "parts", 1, "--batch", "2", "--accumulation", "4")

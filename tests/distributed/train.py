@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--batch-norm", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--eval-size", type=int, default=13, help="by default no number of processes divides it")
     parser.add_argument("--resume")
     parser.add_argument("--term", action="store_true", help="one process is told to save and stop after four steps")
     parser.add_argument("--settings", type=json.loads, default={})
@@ -49,8 +50,7 @@ def main() -> None:
         options.folder,
         TinyModel(dropout=options.dropout, batch_norm=options.batch_norm),
         train_dataset={task: make_data(task, size) for task, size in sizes.items()},
-        # Sizes that no number of processes divides evenly.
-        eval_dataset={task: make_data(task, 13) for task in sizes},
+        eval_dataset={task: make_data(task, options.eval_size) for task in sizes},
         compute_metrics=METRICS,
         eval_strategy="epoch",
         num_rounds=2,

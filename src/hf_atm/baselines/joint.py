@@ -8,9 +8,9 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from transformers import get_scheduler
 
 from ..data import RoundDataset
+from ..learning_rate import schedule_curve
 from ..loop import ATMLoop
 from ..merge_report import DivergenceError
 from ..schedule import Position, RoundPlan, Segment
@@ -93,21 +93,12 @@ class JointLoop(ATMLoop):
     def _lay_out(self, lengths: dict[str, int]) -> tuple[RoundPlan, RoundDataset]:
         if self.trainer.proportional:
             lengths = proportional_lengths(self.num_examples, sum(lengths.values()))
-        plan = JointPlan(tuple(lengths), tuple(lengths.values()), self.args.num_rounds, self.data_seed)
+        plan = JointPlan(tuple(lengths), tuple(lengths.values()), self.args.num_rounds, seed=self.data_seed)
         return plan, JointDataset(self.datasets, plan, self.global_batch, self.data_seed, self.shuffle)
 
     def rates(self) -> Callable[[int], float]:
         """One schedule over the whole run, whatever `lr_schedule_scope` says: there are no segments to restart at."""
-        args, total = self.args, self.plan.total_steps
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
-        scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=optimizer,
-            num_warmup_steps=args.get_warmup_steps(total),
-            num_training_steps=total,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-        return scheduler.lr_lambdas[0]
+        return schedule_curve(self.args, self.plan.total_steps)
 
     def fingerprint(self) -> dict[str, Any]:
         """That of a run of ATM, marked as joint."""

@@ -41,7 +41,8 @@ class Member:
         baseline: Baseline = get_baseline(self.baseline)
         settings = {**baseline.settings(sorted(tasks)), **self.settings}
         if self.kind == "one_shot":
-            return {**settings, "num_rounds": 1, "local_steps": steps, "keep_task_vectors": True}
+            # Experts as they are usually made; heads that settle on the merge are a method of their own.
+            return {**settings, "num_rounds": 1, "local_steps": steps, "keep_task_vectors": True, "head_steps": 0}
         return settings
 
 
