@@ -37,6 +37,12 @@ def small():
         ({"task_weights": {"colour": "big"}}, r"task_weights\['colour'\] is 'big'"),
         ({"task_weights": {"colour": float("nan")}}, r"task_weights\['colour'\] is nan"),
         ({"task_weights": {"colour": 0, "shape": 0}}, "All task_weights are zero"),
+        ({"moment_exponent": 1.5, "optim": "adamw_torch"}, r"moment_exponent is 1\.5"),
+        ({"moment_exponent": 0.5}, "moment_exponent=0.5 needs AdamW's second moments, and optim=sgd"),
+        (
+            {"moment_exponent": 0.5, "optim": "adamw_torch", "merge_method": "tsv_m"},
+            "moment_exponent=0.5 makes a weighted mean.*'tsv_m'",
+        ),
         ({"head_steps": -1}, "head_steps is -1"),
         ({"head_steps": 2, "freeze_heads": True}, "head_steps=2 trains heads, and freeze_heads=True"),
         ({"head_steps": 2, "full_batch": True}, "head_steps=2 must be 0"),

@@ -24,6 +24,9 @@ _CHOICES = {
 }
 _WEIGHTINGS = ("uniform", "num_examples", "loss_gap")
 
+# Optimizers whose second moments lie open.
+_SECOND_MOMENTS = ("adamw_torch", "adamw_torch_fused")
+
 # Optimizers that keep state where clearing `state` does not reach it.
 _OUT_OF_REACH_OPTIMIZERS = ("prodigy", "dadapt", "layerwise", "lomo")
 
@@ -63,6 +66,13 @@ class ATMArguments:
     merge_kwargs: dict | str | None = field(
         default_factory=dict,
         metadata={"help": "Parameters of the merge method as a JSON object, such as '{\"density\": 0.2}'."},
+    )
+    moment_exponent: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weigh each entry of a task vector, within the mean, by this power of AdamW's second moment: 0 is "
+            "the plain mean, 0.5 the size of a typical gradient, 1 the diagonal Fisher information. In [0, 1]."
+        },
     )
     outer_learning_rate: float | str | None = field(
         default=1.0,
@@ -208,6 +218,15 @@ class ATMArguments:
             )
         if not (self.loss_gap_temperature > 0 and math.isfinite(self.loss_gap_temperature)):
             raise ValueError(f"loss_gap_temperature is {self.loss_gap_temperature}; it must be above 0.")
+        if not 0 <= self.moment_exponent <= 1:
+            raise ValueError(f"moment_exponent is {self.moment_exponent}; it must lie in [0, 1].")
+        if self.moment_exponent and (
+            self.merge_method not in ("mean", "linear") or "normalize" in (self.merge_kwargs or {})
+        ):
+            raise ValueError(
+                f"moment_exponent={self.moment_exponent} makes a weighted mean, so merge_method must be 'mean', not "
+                f"{self.merge_method!r} with {self.merge_kwargs}."
+            )
         if self.task_vector_origin == "start" and self.outer_momentum:
             raise ValueError(
                 f"outer_momentum={self.outer_momentum} adds up moves between rounds, and task_vector_origin='start' "
@@ -262,6 +281,11 @@ def check_host_arguments(args: Any) -> None:
             args.optimizer_policy != "keep" and any(name in optimizer for name in _OUT_OF_REACH_OPTIMIZERS),
             f"optim={optimizer} keeps state that optimizer_policy={args.optimizer_policy!r} cannot reach; use "
             "optimizer_policy='keep' or another optimizer",
+        ),
+        (
+            args.moment_exponent > 0 and optimizer not in _SECOND_MOMENTS,
+            f"moment_exponent={args.moment_exponent} needs AdamW's second moments, and optim={optimizer} keeps none "
+            f"as they are; use {' or '.join(_SECOND_MOMENTS)}",
         ),
         (
             "schedule_free" in optimizer,

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from accelerate.utils import broadcast
+from torch import Tensor
 
 from .callbacks import ATMCallback
 from .checkpoint import REPORT_NAME, load_tensors, load_values, save_state, write_json
@@ -17,6 +18,7 @@ from .data import RoundDataset, segment_length
 from .learning_rate import learning_rate_multiplier
 from .lora import check_adapter_setup
 from .merge_report import DivergenceError, MergeReport
+from .moment_weights import entry_weights
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
@@ -148,6 +150,7 @@ class ATMLoop:
             seed=args.seed,
             anchored=args.task_vector_origin == "start",
             late_weights=args.task_weights == "loss_gap",
+            entrywise=args.moment_exponent > 0,
         )
         self.memory = OptimizerMemory(args.optimizer_policy)
 
@@ -261,7 +264,7 @@ class ATMLoop:
             for buffer in self.rounds.statistics.values():
                 buffer.copy_(broadcast(buffer.clone()))
         try:
-            norm = self.rounds.capture(task)
+            norm = self.rounds.capture(task, self._entry_weights())
             control = self.emit("on_task_end", state, control, round=segment.round, task=task, task_vector_norm=norm)
             self.memory.end(self.trainer.optimizer, task)
             if self.plan.is_merge(state.global_step):
@@ -272,6 +275,12 @@ class ATMLoop:
             raise self._undo(error) from None
         self.seconds["merging"] += perf_counter() - clock - (self.seconds["searching"] - searching)
         return control
+
+    def _entry_weights(self) -> dict[str, Tensor] | None:
+        args = self.args
+        if not args.moment_exponent:
+            return None
+        return entry_weights(self.trainer.optimizer, self.groups.shared, args.moment_exponent, args.task_vector_device)
 
     def _merge(self, round_index: int) -> MergeReport:
         args = self.args
@@ -434,6 +443,7 @@ class ATMLoop:
             "lr_schedule_scope": args.lr_schedule_scope,
             "lora_merge_mode": args.lora_merge_mode,
             "keep_task_vectors": args.keep_task_vectors,
+            "moment_exponent": args.moment_exponent,
             "task_vector_surgery": args.task_vector_surgery,
             "task_vector_origin": args.task_vector_origin,
             "loss_gap_temperature": args.loss_gap_temperature,

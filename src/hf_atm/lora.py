@@ -212,6 +212,12 @@ def check_adapter_setup(trainer: Any, space: Space, has_statistics: bool) -> Non
             f"task_vector_origin='start' needs whole weights, and lora_merge_mode={space.mode!r} starts an adapter anew "
             "in each round; use task_vector_origin='round', or lora_merge_mode='adapter'."
         )
+    if isinstance(space, LoraSpace) and trainer.args.moment_exponent:
+        raise ValueError(
+            f"moment_exponent={trainer.args.moment_exponent} weighs entries of weights, and lora_merge_mode={space.mode!r} "
+            "merges products of factors, of which AdamW knows nothing; set moment_exponent=0, or use "
+            "lora_merge_mode='adapter'."
+        )
     if not delta and has_statistics:
         raise ValueError(
             "A saved adapter holds no running statistics, and this model's batch normalisation changes them; use "

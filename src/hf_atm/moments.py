@@ -29,7 +29,7 @@ class OptimizerMemory:
         """Give the optimizer what it is to know at the start of `task`'s segment."""
         if self.policy == "keep":
             return
-        state = _inner(optimizer).state
+        state = inner_optimizer(optimizer).state
         state.clear()
         state.update(self.states.get(task, {}))
         if self.policy == "per_task_second_moment":
@@ -40,7 +40,7 @@ class OptimizerMemory:
 
     def end(self, optimizer: Any, task: str) -> None:
         """Take from the optimizer what is to be kept at the end of `task`'s segment."""
-        state = _inner(optimizer).state
+        state = inner_optimizer(optimizer).state
         if self.policy.startswith("per_task"):
             self.states[task] = dict(state)
         if self.policy != "keep":
@@ -80,7 +80,7 @@ class OptimizerMemory:
         """Counterpart of `tensors`; `parameters` are the live ones by name."""
         on_device = {
             parameter
-            for group in _inner(optimizer).param_groups
+            for group in inner_optimizer(optimizer).param_groups
             if group.get("fused") or group.get("capturable")
             for parameter in group["params"]
         }
@@ -98,6 +98,6 @@ class OptimizerMemory:
             self.states[task][parameter][slot] = tensor.to(device)
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside Accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

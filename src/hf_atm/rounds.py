@@ -14,6 +14,7 @@ from .line_search import search_step
 from .merge_report import DivergenceError, MergeReport
 from .merging import get_merge_method, linear_coefficients, merge_buffers, merge_task_vectors, norm_scale
 from .merging.linear import is_linear
+from .moment_weights import entrywise_mean
 from .outer import OuterOptimizer, clip_factors
 from .seeding import derive_seed
 from .spaces import Space, TaskVector
@@ -43,6 +44,8 @@ class RoundState:
             than from the round's base, and make the merge a move from there (METIS).
         late_weights (`bool`, *optional*, defaults to `False`): whether [`merge`] will be given weights, so that no
             sum can be made before.
+        entrywise (`bool`, *optional*, defaults to `False`): whether [`capture`] will be given a weight for each entry
+            of a task vector, for a mean. One more copy of the shared weights; one per task where vectors are held.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class RoundState:
         seed: int = 0,
         anchored: bool = False,
         late_weights: bool = False,
+        entrywise: bool = False,
     ) -> None:
         self.space = space
         self.tasks = tasks
@@ -72,6 +76,7 @@ class RoundState:
         self.surgery = surgery
         self.seed = seed
         self.anchored = anchored
+        self.entrywise = entrywise
         self.origin: dict[str, Tensor] = {}
         self.mixing: Tensor | None = None
         self.streaming = self.linear and not (keep or space.compact or max_norm == "mean" or surgery or late_weights)
@@ -92,6 +97,8 @@ class RoundState:
         self.norms: dict[str, float] = {}
         self.vectors: dict[str, TaskVector] = {}
         self.sum: dict[str, Tensor] = {}
+        self.weight_sum: dict[str, Tensor] = {}
+        self.entry_weights: dict[str, Mapping[str, Tensor]] = {}
         self.sketches: dict[str, Tensor] = {}
         self.task_statistics: dict[str, dict[str, Tensor]] = {}
 
@@ -112,8 +119,12 @@ class RoundState:
     def _read_statistics(self) -> dict[str, Tensor]:
         return {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.statistics.items()}
 
-    def capture(self, task: str) -> float:
+    def capture(self, task: str, entry_weights: Mapping[str, Tensor] | None = None) -> float:
         """Take the live model's task vector.
+
+        Args:
+            task (`str`): the task it belongs to.
+            entry_weights (`Mapping[str, Tensor]`, *optional*): with `entrywise`, a weight for each of its entries.
 
         Returns:
             `float`: its L2 norm before clipping.
@@ -122,12 +133,14 @@ class RoundState:
             DivergenceError: when it holds NaN or infinity; the round cannot be merged any more then.
         """
         if self.streaming:
-            norm = self._add_to_sum(task)
+            norm = self._add_to_sum(task, entry_weights)
         else:
             vector = self.space.capture(self.start)
             norm = _norm(vector.values())
             if math.isfinite(norm):
                 self.vectors[task] = vector
+                if entry_weights is not None:
+                    self.entry_weights[task] = entry_weights
         if not math.isfinite(norm):
             raise DivergenceError(
                 f"The task vector of task {task!r} holds NaN or infinity; lower learning_rate, check the task's labels, "
@@ -138,7 +151,7 @@ class RoundState:
             self.task_statistics[task] = self._read_statistics()
         return norm
 
-    def _add_to_sum(self, task: str) -> float:
+    def _add_to_sum(self, task: str, entry_weights: Mapping[str, Tensor] | None) -> float:
         shapes = self.space.shapes
         sketch = Sketch(sum(shape.numel() for shape in shapes.values()), next(iter(self.base.values())).device)
         scale = self.coefficients[task]
@@ -150,10 +163,10 @@ class RoundState:
             difference = self.space.difference(self.start, name)
             total += squared_norm(difference)
             sketch.add(difference)
-            if name in self.sum:
-                self.sum[name].add_(difference, alpha=scale)
-            else:
-                self.sum[name] = difference.mul_(scale)
+            if entry_weights is not None:
+                difference.mul_(entry_weights[name])
+                _accumulate(self.weight_sum, name, entry_weights[name].clone(), self.coefficients[task])
+            _accumulate(self.sum, name, difference, scale)
         self.sketches[task] = sketch.values
         return math.sqrt(total)
 
@@ -257,6 +270,8 @@ class RoundState:
         for task, vector in self.vectors.items():
             vector.factor = factors[task]
         merged = self.sum if self.streaming else self.merge_vectors(self.vectors)
+        for name, weight in self.weight_sum.items():
+            merged[name].div_(weight)
         scale = self.merge_kwargs.get("scaling_coefficient", 1.0)
         if scale == "norm":
             norms = [self.norms[task] * factors[task] for task in self.tasks]
@@ -272,6 +287,9 @@ class RoundState:
         held: list[TaskVector] = [vectors[task] for task in self.tasks]
         if self.mixing is not None:
             held = [MixedTaskVector(held, row) for row in self.mixing.tolist()]
+        if self.entrywise:
+            coefficients = [self.coefficients[task] for task in self.tasks]
+            return entrywise_mean(held, [self.entry_weights[task] for task in self.tasks], coefficients)
         return merge_task_vectors(
             held,
             method=self.method,
@@ -323,10 +341,12 @@ class RoundState:
         tensors |= {f"base.{name}": tensor for name, tensor in self.base.items()}
         tensors |= {f"base_statistics.{name}": tensor for name, tensor in self.base_statistics.items()}
         tensors |= {f"sum.{name}": tensor for name, tensor in self.sum.items()}
+        tensors |= {f"weight_sum.{name}": tensor for name, tensor in self.weight_sum.items()}
         tensors |= {f"sketch.{task}": tensor for task, tensor in self.sketches.items()}
         for kind, by_task in (
             ("task_vectors", {task: vector.tensors for task, vector in self.vectors.items()}),
             ("task_statistics", self.task_statistics),
+            ("entry_weights", self.entry_weights),
         ):
             for task, values in by_task.items():
                 tensors |= {f"{kind}.{task}.{name}": tensor for name, tensor in values.items()}
@@ -344,11 +364,14 @@ class RoundState:
         self.base_statistics = _under(tensors, "base_statistics")
         self.norms = {task: float(norm) for task, norm in values["norms"].items()}
         self.sum = _group(tensors, "sum", self.space)
+        self.weight_sum = _group(tensors, "weight_sum", self.space)
         self.sketches = _group(tensors, "sketch", self.space)
         for task in self.norms:
             if not self.streaming:
                 stored = _group(tensors, f"task_vectors.{task}", self.space)
                 self.vectors[task] = self.space.revive(self.start, stored)
+                if self.entrywise:
+                    self.entry_weights[task] = _group(tensors, f"entry_weights.{task}", self.space)
             if self.statistics:
                 self.task_statistics[task] = _under(tensors, f"task_statistics.{task}")
 
@@ -361,6 +384,14 @@ class RoundState:
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(sum(squared_norm(tensor) for tensor in tensors))
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, tensor: Tensor, factor: float) -> None:
+    """Add `factor` x `tensor` to a sum; the first one becomes it, in place."""
+    if name in sums:
+        sums[name].add_(tensor, alpha=factor)
+    else:
+        sums[name] = tensor.mul_(factor)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
