@@ -232,12 +232,15 @@ class TaskCollator:
         if any(example.task != task for example in examples):
             names = sorted({example.task for example in examples})
             raise RuntimeError(f"A batch mixes the tasks {names}; a step must belong to one task.")
-        features = [self._kept(example.features) for example in examples]
         with isolated_rng(examples[0].seed):
-            batch = self.collators.get(task, self.default)(features)
+            batch = self.collate(task, [example.features for example in examples])
         if self.add_task:
             batch["task"] = task
         return batch
+
+    def collate(self, task: str, features: Sequence[Any]) -> Any:
+        """A batch of one task's own features, without the task's name."""
+        return self.collators.get(task, self.default)([self._kept(feature) for feature in features])
 
     def _kept(self, features: Any) -> Any:
         if self.columns is None or not isinstance(features, Mapping):

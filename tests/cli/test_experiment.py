@@ -90,7 +90,7 @@ def test_package_references(tmp_path):
     ("changes", "message"),
     [
         ({"trainning": {}}, "config has the unknown key 'trainning'; did you mean 'training'.*known: model, tasks"),
-        ({"zzz": 1}, "config has the unknown key 'zzz'; known: compare, data_root, export_tasks, model"),
+        ({"zzz": 1}, "config has the unknown key 'zzz'; known: compare, continual, data_root"),
         ({"model": {"backbone": "encoder", "polling": "mean"}}, "did you mean 'pooling'"),
         ({"model": {}}, "exactly one of backbone, config and causal_lm, and has 0"),
         ({"model": {"backbone": "a", "causal_lm": "b"}}, "has 2 of them"),

@@ -39,6 +39,10 @@ def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> in
         args.disable_tqdm, args.round_table = True, False
     calm_libraries()
     export_or_refuse(experiment)
+    if experiment.schedule:
+        from .continual import train_in_stages
+
+        return train_in_stages(experiment, quiet)
     bench = build_workbench(experiment)
     trainer = build_trainer(experiment, bench)
     if not quiet:

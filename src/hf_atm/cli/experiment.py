@@ -15,10 +15,21 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..config import ATMConfig
+from ..continual.settings import ContinualSettings, check_stages
 from ..tasks import TaskSpec
 
 
-_TOP_KEYS = ("model", "tasks", "task_defaults", "training", "data_root", "export_tasks", "compare")
+_TOP_KEYS = (
+    "model",
+    "tasks",
+    "task_defaults",
+    "training",
+    "data_root",
+    "export_tasks",
+    "compare",
+    "schedule",
+    "continual",
+)
 _COMPARE_KEYS = ("members", "seeds", "steps")
 _MODEL_KEYS = ("backbone", "config", "causal_lm", "pooling", "peft", "image")
 _IMAGE_KEYS = ("size", "channels", "mean", "std")
@@ -34,6 +45,9 @@ class Experiment:
         args (`ATMConfig`): The run's settings.
         export_tasks (`bool`): Save a stock model per task beside the merged one.
         compare (`dict`): Members, seeds and steps of a comparison; empty if the file names none.
+        schedule (`list[list[str]]`): For each stage of continual ATM, the tasks that are new in it; empty if all tasks
+            are there from the start.
+        continual (`dict`): Settings of continual ATM, for [`ContinualSettings`].
     """
 
     model: dict[str, Any]
@@ -41,6 +55,8 @@ class Experiment:
     args: ATMConfig
     export_tasks: bool = False
     compare: dict[str, Any] = field(default_factory=dict)
+    schedule: list[list[str]] = field(default_factory=list)
+    continual: dict[str, Any] = field(default_factory=dict)
 
 
 def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Experiment:
@@ -98,7 +114,16 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     comparison = dict(as_mapping("compare", raw.get("compare") or {}))
     check_keys("compare", comparison, _COMPARE_KEYS)
     args = parse_training(training, overrides)
-    return Experiment(model, tasks, args, bool(raw.get("export_tasks", False)), comparison)
+    schedule = check_stages(raw["schedule"], list(tasks)) if raw.get("schedule") else []
+    continual = dict(as_mapping("continual", raw.get("continual") or {}))
+    ContinualSettings.parse(continual)
+    if continual and not schedule:
+        raise ValueError(
+            "config has continual settings but no schedule; list the stages, such as schedule: [[a, b], c]"
+        )
+    return Experiment(
+        model, tasks, args, bool(raw.get("export_tasks", False)), comparison, schedule=schedule, continual=continual
+    )
 
 
 def parse_training(training: Mapping[str, Any], overrides: Sequence[str] = ()) -> ATMConfig:

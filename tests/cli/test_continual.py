@@ -1,0 +1,156 @@
+"""`hf-atm train` with a schedule, on files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from hf_atm import MultiTaskModel
+from hf_atm.cli.main import main
+
+from .conftest import training
+from .test_commands import fails
+
+
+TASKS = {
+    "tone": {"dataset": "tone", "test_split": "test"},
+    "likeness": {"dataset": "likeness", "test_split": "test", "metrics": ["spearmanr"]},
+    "again": {"dataset": "tone", "test_split": "test"},
+}
+SCHEDULE = [["tone"], ["likeness", "again"]]
+
+
+@pytest.fixture
+def scheduled(config, tmp_path):
+    def write(continual=None, schedule=SCHEDULE, settings=None, **changes):
+        return config(
+            tasks=TASKS,
+            schedule=schedule,
+            continual=continual or {},
+            training=training(tmp_path, **{"num_rounds": 2, "local_steps": 2, **(settings or {})}),
+            **changes,
+        )
+
+    return write
+
+
+def result(tmp_path):
+    return json.loads((tmp_path / "run" / "continual.json").read_text())
+
+
+def test_every_stage_leaves_a_model_of_all_tasks_so_far(scheduled, tmp_path, capsys):
+    path = scheduled({"replay": 0.25, "references": True}, export_tasks=True)
+    assert main(["train", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "stage 2 of 2 done: likeness, again" in shown and "stage 1 (+ tone)" in shown
+    assert "test: average" in shown and "backward" in shown and "forward" in shown
+    facts = result(tmp_path)
+    assert [list(stage["validation"]) for stage in facts["stages"]] == [["tone"], ["tone", "likeness", "again"]]
+    assert facts["stages"][1]["replayed"] == {"tone": 8}
+    assert set(facts["references"]["test"]) == {"likeness", "again"}
+    first, last = (MultiTaskModel.from_pretrained(tmp_path / "run" / f"stage-{k}") for k in (1, 2))
+    assert set(first.heads) == {"tone"} and set(last.heads) == set(TASKS)
+    assert (tmp_path / "run" / "stage-2" / "tasks" / "again" / "config.json").is_file()
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
+def test_all_examples_replayed_in_one_stage_is_plain_atm(scheduled, config, tmp_path):
+    path = scheduled({"replay": 1.0}, schedule=[["tone", "likeness", "again"]])
+    assert main(["train", str(path)]) == 0
+    staged = load_file(tmp_path / "run" / "stage-1" / "model.safetensors")
+    path = config(tasks=TASKS, training=training(tmp_path, output_dir=str(tmp_path / "plain"), local_steps=2))
+    assert main(["train", str(path)]) == 0
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(torch.equal(staged[name], plain[name]) for name in plain)
+
+
+def test_without_replay_earlier_heads_rest(scheduled, tmp_path):
+    assert main(["train", str(scheduled({"replay": 0, "ewc": 10.0, "fisher_examples": 4}))]) == 0
+    first, last = (load_file(tmp_path / "run" / f"stage-{k}" / "model.safetensors") for k in (1, 2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, last[name]) is name.startswith("heads.tone.")
+    held = load_file(tmp_path / "run" / "stage-1" / "consolidation.safetensors")
+    assert all(name.split("/")[1].startswith("backbone.") for name in held)
+    assert sum(float(t.sum()) for name, t in held.items() if name.startswith("importance/")) > 0
+
+
+def test_a_stronger_pull_keeps_earlier_weights_closer(scheduled, tmp_path):
+    moved = []
+    for ewc in (0.0, 1e9):
+        assert main(["train", str(scheduled({"replay": 0, "ewc": ewc, "fisher_examples": 8}))]) == 0
+        first, last = (load_file(tmp_path / "run" / f"stage-{k}" / "model.safetensors") for k in (1, 2))
+        shared = [name for name in first if name.startswith("backbone.encoder.layer.0")]
+        moved.append(sum(float((first[name] - last[name]).norm()) for name in shared))
+        shutil.rmtree(tmp_path / "run")
+    assert moved[1] < 0.8 * moved[0]
+
+
+def test_opcm_merges_stored_vectors_in_the_order_of_arrival(scheduled, encoder, tmp_path):
+    assert main(["train", str(scheduled({"method": "opcm", "compression": None}))]) == 0
+    from transformers import BertModel
+
+    from hf_atm.continual import TaskVectorArchive
+
+    archive = TaskVectorArchive(tmp_path / "run" / "task_vectors", None)
+    move = archive.merge(["tone", "likeness", "again"])
+    start = BertModel.from_pretrained(encoder).state_dict()
+    last = load_file(tmp_path / "run" / "stage-2" / "model.safetensors")
+    for name, tensor in move.items():
+        wanted = start[name.removeprefix("backbone.")] + tensor
+        assert torch.allclose(last[name], wanted, atol=1e-6)
+    assert set(result(tmp_path)["stages"][1]["stored_bytes"]) == {"likeness", "again"}
+
+
+def test_an_interrupted_schedule_goes_on(scheduled, tmp_path):
+    path = scheduled({"replay": 0.5})
+    assert main(["train", str(path)]) == 0
+    wanted = result(tmp_path)
+    stamp = (tmp_path / "run" / "stage-1" / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "run" / "stage-2")
+    (tmp_path / "run" / "continual.json").unlink()
+    assert main(["train", str(path)]) == 0
+    assert result(tmp_path)["stages"][1]["test"] == wanted["stages"][1]["test"]
+    assert (tmp_path / "run" / "stage-1" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_language_models_and_adapters(scheduled, decoder, tmp_path):
+    tasks = {
+        name: {"dataset": name, "text_columns": column, "max_length": 4}
+        for name, column in (("tone", "text"), ("likeness", "a"))
+    }
+    path = scheduled({"replay": 0}, schedule=["tone", "likeness"])
+    import yaml
+
+    content = yaml.safe_load(path.read_text()) | {"tasks": tasks, "model": {"causal_lm": "decoder", "peft": {"r": 2}}}
+    path.write_text(yaml.safe_dump(content))
+    assert main(["train", str(path)]) == 0
+    LlamaForCausalLM.from_pretrained(tmp_path / "run" / "stage-2")
+    assert not (tmp_path / "run" / "stage-2" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": [["tone"]]}, "schedule leaves out again, likeness"),
+        ({"continual": {"reply": 1}}, "continual has the unknown key 'reply'"),
+        ({"continual": {"replay": 33}}, "replay=33 is more than the 32 examples of task"),
+    ],
+)
+def test_bad_input(scheduled, tmp_path, capsys, changes, message):
+    fails(["train", scheduled(**changes)], capsys, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_without_a_schedule(config, capsys):
+    fails(["train", config(continual={"replay": 1})], capsys, "config has continual settings but no schedule")
+
+
+def test_a_finished_schedule_with_other_settings(scheduled, tmp_path, capsys):
+    assert main(["train", str(scheduled({"replay": 0.5}))]) == 0
+    capsys.readouterr()
+    fails(["train", scheduled({"replay": 0.25})], capsys, "belongs to another schedule or other settings")
