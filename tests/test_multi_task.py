@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import datasets
 import pytest
@@ -178,6 +179,72 @@ def test_private_modules_train_in_their_own_segments_only(tmp_path):
             with torch.no_grad():
                 expected = trainer.model.eval()(input_ids=ids, task=task).logits
                 assert torch.equal(resumed.model.eval()(input_ids=ids, task=task).logits, expected)
+
+
+def test_private_modules_beside_an_adapter(tmp_path):
+    settings = {
+        "train_dataset": texts(),
+        "task_specific_modules": ["LayerNorm"],
+        "peft_config": LoraConfig(r=2, target_modules=["query", "value"]),
+        "num_rounds": 2,
+        "learning_rate": 0.2,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "push_to_hub": False,
+    }
+    start = parameters_of(bert())
+    trainer = make_trainer(tmp_path / "run", bert(), **settings)
+    assert not any("LayerNorm" in name for name in trainer.atm.groups.shared)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = MultiTaskModel.from_pretrained(tmp_path / "saved").eval()
+    stored = loaded.state_dict()
+    copies = [name for name in stored if name.startswith("task_specific.") and name.endswith("/weight")]
+    assert len(copies) == len(SPECS) * sum("LayerNorm.weight" in name for name in start)
+    first, second = sorted(SPECS)[:2]
+    pairs = [(stored[n], stored[n.replace(f".{first}.", f".{second}.")]) for n in copies if f".{first}." in n]
+    assert all(not torch.equal(a, b) for a, b in pairs)
+    ids = torch.randint(1, 32, (3, 6))
+    for task in SPECS:
+        with torch.no_grad():
+            expected = trainer.model.eval()(input_ids=ids, task=task).logits
+            assert (loaded(input_ids=ids, task=task).logits - expected).abs().max() <= 1e-5
+    for step in (3, 6, 9):
+        resumed = make_trainer(tmp_path / f"resumed-{step}", bert(), **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        resumed.save_model(str(tmp_path / f"saved-{step}"))
+        again = MultiTaskModel.from_pretrained(tmp_path / f"saved-{step}").state_dict()
+        assert all(torch.equal(again[name], stored[name]) for name in stored)
+
+
+def test_what_is_private_cannot_carry_the_adapter(tmp_path):
+    settings = {
+        "train_dataset": texts(),
+        "task_specific_modules": ["layer.1"],
+        "peft_config": LoraConfig(r=2, target_modules=["query"]),
+    }
+    with pytest.raises(ValueError, match="query.*is private by task_specific_modules and a target of the adapter"):
+        make_trainer(tmp_path, bert(), **settings)
+    with pytest.raises(ValueError, match="need lora_merge_mode='delta'"):
+        make_trainer(tmp_path, bert(), **settings, lora_merge_mode="svd")
+
+
+def test_private_sizes_are_reported_and_on_the_card(tmp_path):
+    trainer = make_trainer(
+        tmp_path, bert(), train_dataset=texts(), task_specific_modules=["LayerNorm"], num_rounds=1, head_steps=1
+    )
+    trainer.train()
+    report = json.loads((tmp_path / "atm_report.json").read_text())
+    size = sum(p.numel() for name, p in bert().named_parameters() if "LayerNorm" in name)
+    heads = {task: sum(p.numel() for p in bert().heads[task].parameters()) for task in SPECS}
+    assert report["private_parameters"] == {task: {"head": heads[task], "modules": size} for task in SPECS}
+    trainer.create_model_card()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("## What each task keeps to itself") == 1
+    for task in SPECS:
+        assert f"| {task} | {heads[task]:,} | {size:,} |" in card
+    assert "match `LayerNorm`" in card
 
 
 def test_convolutional_models_with_private_and_shared_statistics(tmp_path):

@@ -53,8 +53,11 @@ def check_host(cls: type, mixin: type, args: Any) -> None:
 def with_heads(peft_config: PeftConfig, model: Any, args: Any) -> PeftConfig:
     """Let the heads train beside the adapter, unless they are frozen."""
     heads = getattr(base_model(model), "heads", None)
-    if args.task_specific_modules:
-        raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
+    if args.task_specific_modules and args.lora_merge_mode != "delta":
+        raise ValueError(
+            f"task_specific_modules beside an adapter need lora_merge_mode='delta', which saves the whole model, not "
+            f"{args.lora_merge_mode!r}."
+        )
     if heads is None or args.freeze_heads or not hasattr(peft_config, "modules_to_save"):
         return peft_config
     names = [f"heads.{task}" for task in heads]
@@ -78,7 +81,10 @@ def prepare_model(model: Any, args: Any, tasks: list[str]) -> Any:
                 "not; wrap its backbone with MultiTaskModel.from_backbone."
             )
         if isinstance(model, PeftModel):
-            raise ValueError("task_specific_modules cannot be combined with an adapter yet; drop one of the two.")
+            raise ValueError(
+                "task_specific_modules must be set apart before an adapter is put on; pass the plain model and "
+                "peft_config."
+            )
         inner.add_task_specific_modules(list(args.task_specific_modules))
     if args.freeze_heads:
         heads = getattr(inner, "heads", None)
@@ -86,6 +92,26 @@ def prepare_model(model: Any, args: Any, tasks: list[str]) -> Any:
             raise ValueError(f"freeze_heads=True needs a model with heads, and {type(inner).__name__} has none.")
         heads.requires_grad_(False)
     return model
+
+
+def release_private(model: Any) -> None:
+    """Let private modules learn that an adapter, put on after they were set apart, has frozen.
+
+    Raises:
+        ValueError: when the adapter sits on one of them, so that it would be both shared and private.
+    """
+    inner = base_model(model)
+    if not isinstance(model, PeftModel) or not has_task_specific(inner):
+        return
+    private = set(inner.task_specific_parameter_names())
+    for name, parameter in inner.named_parameters():
+        if name in private:
+            if ".base_layer." in name:
+                raise ValueError(
+                    f"{name.replace('.base_layer', '')!r} is private by task_specific_modules and a target of the "
+                    "adapter; leave it out of target_modules (exclude_modules), or out of task_specific_modules."
+                )
+            parameter.requires_grad_(True)
 
 
 def wrap_model_init(model_init: Callable, fit_out: Callable[[Any], Any]) -> Callable:

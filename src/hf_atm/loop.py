@@ -22,7 +22,7 @@ from .moment_weights import entry_weights
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
-from .rounds import RoundState
+from .rounds import RoundState, under
 from .schedule import Position, RoundPlan, Segment
 from .seeding import derive_seed, seed_everything
 
@@ -316,7 +316,9 @@ class ATMLoop:
         self.groups.train_shared(True)
         loaded_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
         if loaded_best:
-            self.rounds.load_weights(load_tensors(state.best_model_checkpoint))
+            tensors = load_tensors(state.best_model_checkpoint)
+            self.rounds.load_weights(tensors)
+            self.groups.load_copies(under(tensors, "private"))
             if state.best_global_step != state.global_step:
                 # Experts that are kept for export belong to the last round.
                 self.rounds.merged_vectors = {}
@@ -415,7 +417,9 @@ class ATMLoop:
 
     def write_report(self) -> None:
         """Write `atm_report.json`."""
-        write_json(os.path.join(self.args.output_dir, REPORT_NAME), {"rounds": self.records})
+        private = self.groups.private_sizes(self.plan.tasks)
+        content = {"rounds": self.records, "private_parameters": private}
+        write_json(os.path.join(self.args.output_dir, REPORT_NAME), content)
 
     # ---- Checkpoints ----
 
@@ -482,6 +486,7 @@ class ATMLoop:
         names = {id(parameter): name for name, parameter in self.trainer.model.named_parameters()}
         moments, moment_values = self.memory.tensors(names, position.task if position.offset else None)
         tensors |= moments
+        tensors |= {f"private.{name}": tensor for name, tensor in self.groups.stored_copies().items()}
         content = {
             "version": _STATE_VERSION,
             "fingerprint": self.fingerprint(),
@@ -498,5 +503,6 @@ class ATMLoop:
         self.rounds.load(stored["rounds"], tensors, self._mid_round(state.global_step))
         live = dict(self.trainer.model.named_parameters())
         self.memory.load(tensors, stored["moments"], live, self.trainer.optimizer)
+        self.groups.load_copies(under(tensors, "private"))
         for name in _PROGRESS:
             setattr(self, name, stored[name])

@@ -44,7 +44,9 @@ class ParameterGroups:
         self.model = model
         inner = base_model(model)
         has_heads = isinstance(getattr(inner, "heads", None), nn.ModuleDict)
-        own_copies = set(inner.task_specific_parameter_names()) if has_task_specific(inner) else set()
+        # By identity: an adapter's wrapper gives parameters other names.
+        names = set(inner.task_specific_parameter_names()) if has_task_specific(inner) else set()
+        own_copies = {id(parameter) for name, parameter in inner.named_parameters() if name in names}
         self.shared: dict[str, nn.Parameter] = {}
         self.heads: dict[str, dict[str, nn.Parameter]] = {task: {} for task in tasks}
         self.copied: dict[str, nn.Parameter] = {}
@@ -59,7 +61,7 @@ class ParameterGroups:
             head = _HEAD.search(name) if has_heads else None
             if head is not None:
                 self.heads.setdefault(head[1], {})[name] = parameter
-            elif name in own_copies:
+            elif id(parameter) in own_copies:
                 self.copied[name] = parameter
             else:
                 self.shared[name] = parameter
@@ -99,6 +101,34 @@ class ParameterGroups:
     def has_private(self, task: str) -> bool:
         """Whether anything belongs to `task` alone and can learn."""
         return bool(self.heads.get(task) or self.copied)
+
+    def private_sizes(self, tasks: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Parameters that each task has to itself: in its `head`, and in its copies of backbone `modules`."""
+        copied = sum(parameter.numel() for parameter in self.copied.values())
+        return {
+            task: {
+                "head": sum(parameter.numel() for parameter in self.heads.get(task, {}).values()),
+                "modules": copied,
+            }
+            for task in tasks
+        }
+
+    def stored_copies(self) -> dict[str, Tensor]:
+        """All tasks' copies of private modules, by buffer name, where the Trainer's own checkpoint lacks them."""
+        inner = base_model(self.model)
+        if inner is self.model or not has_task_specific(inner):
+            return {}
+        inner.sync_task_specific()
+        return dict(inner.task_specific.named_buffers())
+
+    @torch.no_grad()
+    def load_copies(self, tensors: Mapping[str, Tensor]) -> None:
+        """Counterpart of `stored_copies`."""
+        stored = self.stored_copies()
+        for name, tensor in tensors.items():
+            stored[name].copy_(tensor)
+        if stored:
+            base_model(self.model).forget_active_task()
 
     def private_values(self, task: str) -> dict[str, Tensor]:
         """Copies of what only `task` trains, by name."""

@@ -361,7 +361,7 @@ class RoundState:
         if not mid_round:
             return
         self.base = _group(tensors, "base", self.space)
-        self.base_statistics = _under(tensors, "base_statistics")
+        self.base_statistics = under(tensors, "base_statistics")
         self.norms = {task: float(norm) for task, norm in values["norms"].items()}
         self.sum = _group(tensors, "sum", self.space)
         self.weight_sum = _group(tensors, "weight_sum", self.space)
@@ -373,13 +373,13 @@ class RoundState:
                 if self.entrywise:
                     self.entry_weights[task] = _group(tensors, f"entry_weights.{task}", self.space)
             if self.statistics:
-                self.task_statistics[task] = _under(tensors, f"task_statistics.{task}")
+                self.task_statistics[task] = under(tensors, f"task_statistics.{task}")
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the weights that a checkpoint of the Trainer lacks, from `tensors` as `state` gave them."""
-        self.space.load_checkpoint_weights(_under(tensors, "weights"))
+        self.space.load_checkpoint_weights(under(tensors, "weights"))
         if self.statistics:
-            self._write_statistics(_under(tensors, "statistics"))
+            self._write_statistics(under(tensors, "statistics"))
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
@@ -394,10 +394,11 @@ def _accumulate(sums: dict[str, Tensor], name: str, tensor: Tensor, factor: floa
         sums[name] = tensor.mul_(factor)
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose dotted names begin with `prefix`, by the rest of their names."""
     return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def _group(tensors: Mapping[str, Tensor], prefix: str, space: Space) -> dict[str, Tensor]:
     device = getattr(space, "device", "cpu")
-    return {name: tensor.to(device) for name, tensor in sorted(_under(tensors, prefix).items())}
+    return {name: tensor.to(device) for name, tensor in sorted(under(tensors, prefix).items())}

@@ -306,6 +306,10 @@ class TaskSpecificMixin(PreTrainedModel):
         for name, tensor in self._live().items():
             copies.get_buffer(_encode(name)).copy_(tensor)
 
+    def forget_active_task(self) -> None:
+        """Says that the stored copies have changed: the next task to become active is copied in, whatever is live."""
+        self._active_task = None
+
     @torch.no_grad()
     def activate_task(self, task: str) -> None:
         """Makes `task`'s private values the live ones, after storing those of the task active before.
@@ -348,7 +352,7 @@ def _store_active_task(module: TaskSpecificMixin, *_: Any) -> None:
 
 def _forget_active_task(module: TaskSpecificMixin, incompatible_keys: Any) -> None:
     # What was loaded is in the copies; the live values may be of any task. The next forward copies them in.
-    module._active_task = None
+    module.forget_active_task()
 
 
 def _encode(name: str) -> str:

@@ -21,9 +21,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from . import checkpoint, checks
 from .adapters import merged_state_dict, save_expert_adapters
 from .callbacks import LastWordCallback, RoundCallback
+from .cards import add_private_section
 from .data import TaskCollator, TaskDataset
 from .evaluation import EvaluationMixin, TaskMetrics
-from .hosts import check_host, prepare_model, set_loss_scaling, settle_jit, with_heads, wrap_model_init
+from .hosts import (
+    check_host,
+    prepare_model,
+    release_private,
+    set_loss_scaling,
+    settle_jit,
+    with_heads,
+    wrap_model_init,
+)
 from .loop import ATMLoop
 from .lora import LoraSpace
 from .parameters import base_model
@@ -142,6 +151,7 @@ class ATMMixin(EvaluationMixin):
         eval_sets = {task: prepared[task] for task in tasks if task in prepared}
         host.eval_dataset = {task: self._as_task(task, dataset) for task, dataset in eval_sets.items()} or None
         host._set_signature_columns_if_needed()
+        release_private(self.model)
         forward = inspect.signature(base_model(self.model).forward).parameters
         host.data_collator = TaskCollator(
             host.data_collator,
@@ -393,10 +403,13 @@ class ATMMixin(EvaluationMixin):
             host.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As the host's, with the tags `atm` and `model-merging`."""
+        """As the host's, with the tags `atm` and `model-merging`, and a word on what each task keeps to itself."""
         tags = kwargs.get("tags") or []
         kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "atm", "model-merging"]
         super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        if self.args.should_save:
+            sizes = self.atm.groups.private_sizes(self.atm.plan.tasks)
+            add_private_section(self.args.output_dir, self.args.task_specific_modules, sizes)
 
 
 class ATMTrainer(ATMMixin, Trainer):
