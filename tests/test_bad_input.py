@@ -44,6 +44,7 @@ def small():
             "moment_exponent=0.5 makes a weighted mean.*'tsv_m'",
         ),
         ({"head_steps": -1}, "head_steps is -1"),
+        ({"head_steps": 1.5}, r"head_steps is 1\.5"),
         ({"head_steps": 2, "freeze_heads": True}, "head_steps=2 trains heads, and freeze_heads=True"),
         ({"head_steps": 2, "full_batch": True}, "head_steps=2 must be 0"),
         ({"head_learning_rate_ratio": 0}, "head_learning_rate_ratio is 0"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_atm import ATMCallback
-from hf_atm.data import RoundDataset
+from hf_atm.data import RoundDataset, head_step_counts
 from hf_atm.schedule import RoundPlan
 from tests.reference import atm_loop
 from tests.test_loop_oracle import stored_batches
@@ -25,7 +25,7 @@ from tests.testing_utils import (
 
 
 def test_a_round_of_tuning_merging_and_settling():
-    plan = RoundPlan(("a", "b"), (3, 2), 2, head_steps=1)
+    plan = RoundPlan(("a", "b"), (3, 2), 2, head_steps=(1, 1))
     places = [(p.task, p.offset, p.settling) for p in (plan.locate(step) for step in range(7))]
     assert places == [
         ("a", 0, False),
@@ -46,7 +46,7 @@ def test_a_round_of_tuning_merging_and_settling():
 
 def test_settling_reads_on_where_tuning_stopped():
     rows = {"a": list(range(40)), "b": list(range(24))}
-    settled = RoundDataset(rows, RoundPlan(("a", "b"), (3, 2), 2, head_steps=1), 4, seed=0)
+    settled = RoundDataset(rows, RoundPlan(("a", "b"), (3, 2), 2, head_steps=(1, 1)), 4, seed=0)
     plain = RoundDataset(rows, RoundPlan(("a", "b"), (4, 3), 2), 4, seed=0)
     read = {
         name: {task: [d.locate(i)[2] for i in range(len(d)) if d.locate(i)[0] == task] for task in rows}
@@ -187,6 +187,15 @@ def test_rates_of_head_steps(tmp_path):
     rate = trainer.atm.rates()
     # Eight steps per task: colour takes 3, shape 3, then one each for the heads.
     assert [rate(step) for step in range(8)] == [1, 7 / 8, 6 / 8, 1, 7 / 8, 6 / 8, 4 * 5 / 8, 4 * 5 / 8]
+
+
+def test_a_fraction_of_the_steps(tmp_path):
+    assert head_step_counts({"a": 20, "b": 3}, 0.2) == {"a": 4, "b": 1}
+    assert head_step_counts({"a": 20, "b": 3}, 2.0) == {"a": 2, "b": 2}
+    assert head_step_counts({"a": 20}, 0) == {"a": 0}
+    plan = make_trainer(tmp_path, head_steps=0.4).atm.plan
+    assert plan.lengths == (3, 2, 2) and plan.head_steps == (2, 1, 2)
+    assert plan.total_steps == make_trainer(tmp_path / "plain").atm.plan.total_steps
 
 
 def test_more_head_steps_than_steps(tmp_path):

@@ -52,11 +52,11 @@ class ATMArguments:
     local_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps per task and round; replaces `local_epochs`. At least 1."}
     )
-    head_steps: int = field(
-        default=0,
+    head_steps: float = field(
+        default=0.0,
         metadata={
-            "help": "Of these steps, so many are taken after the merge and train the task's head (and other private "
-            "modules) alone, so that it fits the merged weights. At least 0."
+            "help": "Of these steps, so many (or, below 1, this fraction) are taken after the merge and train the task's "
+            "head and other private modules alone, so that they fit the merged weights. 0 leaves them as tuned."
         },
     )
     head_learning_rate_ratio: float = field(
@@ -189,7 +189,7 @@ class ATMArguments:
             check_host_arguments(self)
 
     def _check_fields(self) -> None:
-        for name, minimum in (("num_rounds", 1), ("local_steps", 1), ("head_steps", 0)):
+        for name, minimum in (("num_rounds", 1), ("local_steps", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}.")
@@ -197,6 +197,10 @@ class ATMArguments:
             raise ValueError(f"local_epochs is {self.local_epochs}; it must be above 0.")
         if not (self.head_learning_rate_ratio > 0 and math.isfinite(self.head_learning_rate_ratio)):
             raise ValueError(f"head_learning_rate_ratio is {self.head_learning_rate_ratio}; it must be above 0.")
+        if not self.head_steps >= 0 or self.head_steps > 1 and self.head_steps != int(self.head_steps):
+            raise ValueError(
+                f"head_steps is {self.head_steps}; give a whole number of steps, or a fraction of them below 1."
+            )
         if self.head_steps and self.freeze_heads and not self.task_specific_modules:
             raise ValueError(
                 f"head_steps={self.head_steps} trains heads, and freeze_heads=True keeps them as they are; drop one."

@@ -72,6 +72,27 @@ def segment_length(
     return math.floor(steps + 1e-9) if drop_last else math.ceil(steps - 1e-9)
 
 
+def head_step_counts(lengths: Mapping[str, int], head_steps: float) -> dict[str, int]:
+    """How many of each task's steps per round are head steps.
+
+    Args:
+        lengths (`Mapping[str, int]`): optimizer steps per task and round.
+        head_steps (`float`): a whole number, or below 1 a fraction of a task's steps, of which there is at least one.
+
+    Raises:
+        ValueError: when nothing is left for tuning.
+    """
+    counts = {}
+    for task, length in lengths.items():
+        counts[task] = max(1, round(head_steps * length)) if 0 < head_steps < 1 else int(head_steps)
+        if counts[task] >= length:
+            raise ValueError(
+                f"head_steps={head_steps:g} leaves nothing of the {length} steps of task {task!r} for tuning before the "
+                "merge; lower it, or raise local_steps."
+            )
+    return counts
+
+
 class RoundDataset(Dataset):
     """All examples of one round, segment after segment; read it sequentially.
 
@@ -126,7 +147,7 @@ class RoundDataset(Dataset):
         segment = bisect_right(self._ends, index)
         task, _, settling = self.plan.segments[segment]
         # A settling segment goes on in the task's stream where its tuning stopped.
-        before = (self.plan.task_steps[task] - self.plan.head_steps) * self.global_batch if settling else 0
+        before = self.plan.tuning_steps[task] * self.global_batch if settling else 0
         return task, before + index - (self._ends[segment - 1] if segment else 0)
 
     def __getitem__(self, index: int) -> TaskExample:

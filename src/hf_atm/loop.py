@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .callbacks import ATMCallback
 from .checkpoint import REPORT_NAME, load_tensors, load_values, save_state, write_json
-from .data import RoundDataset, segment_length
+from .data import RoundDataset, head_step_counts, segment_length
 from .learning_rate import learning_rate_multiplier
 from .lora import check_adapter_setup
 from .merge_report import DivergenceError, MergeReport
@@ -90,15 +90,9 @@ class ATMLoop:
 
     def _lay_out(self, lengths: dict[str, int]) -> tuple[RoundPlan, RoundDataset]:
         """The plan, and the data in its order, from the optimizer steps per task and round."""
-        head_steps = self.args.head_steps
-        for task, length in lengths.items():
-            if length <= head_steps:
-                raise ValueError(
-                    f"head_steps={head_steps} leaves nothing of the {length} steps of task {task!r} for tuning before "
-                    "the merge; lower it, or raise local_steps."
-                )
-        tuning = tuple(length - head_steps for length in lengths.values())
-        plan = RoundPlan(tuple(lengths), tuning, self.args.num_rounds, head_steps)
+        head_steps = head_step_counts(lengths, self.args.head_steps)
+        tuning = tuple(length - head_steps[task] for task, length in lengths.items())
+        plan = RoundPlan(tuple(lengths), tuning, self.args.num_rounds, tuple(head_steps.values()))
         return plan, RoundDataset(self.datasets, plan, self.global_batch, self.data_seed, self.shuffle)
 
     @property
@@ -129,9 +123,9 @@ class ATMLoop:
         args, model = self.args, self.trainer.model
         self.groups = ParameterGroups(model, list(self.plan.tasks), self.merging)
         without = [task for task in self.plan.tasks if not self.groups.has_private(task)]
-        if self.plan.head_steps and without:
+        if self.plan.settles and without:
             raise ValueError(
-                f"head_steps={self.plan.head_steps} trains what belongs to one task alone, and task {without[0]!r} has "
+                f"head_steps={args.head_steps} trains what belongs to one task alone, and task {without[0]!r} has "
                 "no head or other private module that learns; set head_steps=0."
             )
         space = self.groups.space(args.lora_merge_mode, args.task_vector_device)

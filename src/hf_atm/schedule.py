@@ -58,7 +58,7 @@ class RoundPlan:
         tasks (`tuple[str, ...]`): task names in the order in which they are tuned.
         lengths (`tuple[int, ...]`): optimizer steps per task and round before the merge, each at least 1.
         num_rounds (`int`): rounds, at least 1.
-        head_steps (`int`, *optional*, defaults to 0): optimizer steps per task and round after the merge.
+        head_steps (`tuple[int, ...]`, *optional*): optimizer steps per task and round after the merge; none by default.
 
     Raises:
         ValueError: when there is no task, a name occurs twice, or a length or the number of rounds is below 1.
@@ -67,7 +67,7 @@ class RoundPlan:
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     num_rounds: int
-    head_steps: int = 0
+    head_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -86,7 +86,13 @@ class RoundPlan:
     def segments(self) -> tuple[tuple[str, int, bool], ...]:
         """Task, optimizer steps and whether it settles, for each segment of a round in turn."""
         tuning = tuple((task, length, False) for task, length in zip(self.tasks, self.lengths, strict=True))
-        return tuning + tuple((task, self.head_steps, True) for task in self.tasks if self.head_steps)
+        settling = ((task, steps, True) for task, steps in zip(self.tasks, self.head_steps, strict=True) if steps)
+        return tuning + tuple(settling if self.settles else ())
+
+    @property
+    def settles(self) -> bool:
+        """Whether any task takes head steps."""
+        return any(self.head_steps)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -96,7 +102,13 @@ class RoundPlan:
     @cached_property
     def task_steps(self) -> dict[str, int]:
         """Optimizer steps of each task in one round."""
-        return {task: length + self.head_steps for task, length in zip(self.tasks, self.lengths, strict=True)}
+        after = self.head_steps or (0,) * len(self.tasks)
+        return {task: length + steps for task, length, steps in zip(self.tasks, self.lengths, after, strict=True)}
+
+    @cached_property
+    def tuning_steps(self) -> dict[str, int]:
+        """Those of them before the merge."""
+        return dict(zip(self.tasks, self.lengths, strict=True))
 
     @property
     def round_steps(self) -> int:
@@ -118,7 +130,7 @@ class RoundPlan:
     def own_step(self, step: int) -> int:
         """How many steps of its own the task of the next step has behind it in the whole run."""
         position = self.locate(step)
-        before = self.task_steps[position.task] - self.head_steps if position.settling else 0
+        before = self.tuning_steps[position.task] if position.settling else 0
         return position.round * self.task_steps[position.task] + before + position.offset
 
     def closed_by(self, step: int) -> Segment | None:

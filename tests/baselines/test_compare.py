@@ -194,9 +194,10 @@ def test_one_shot_rows_equal_merges_made_by_hand(tmp_path):
 # The others need a MultiTaskModel; see tests/cli/test_compare.py.
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"pretrained", "cold_fusion"}))
 def test_every_baseline_runs(tmp_path, name):
+    settings = {"optim": "adamw_torch"} if name == "recommended" else {}
     merges = {"merges": ["mean", "task_arithmetic", "consensus", "breadcrumbs", "dare", "iso_c"]}
-    members = parse_members({name: merges if name == "one_shot" else {}})
-    result = compare(suite(tmp_path, test=False), members, [3], 2, tmp_path / "out")
+    members = parse_members({name: merges if name == "one_shot" else settings})
+    result = compare(suite(tmp_path, test=False), members, [3], 4, tmp_path / "out")
     rows = result["rows"]
     assert len(rows) == (13 if name == "one_shot" else 1)
     assert all(set(row["validation"]["tasks"]) == set(TASKS) for row in rows.values())

@@ -45,6 +45,16 @@ class FreshHeads(ATMCallback):
 
 _WHOLE_STATE = {"optimizer_policy": "per_task", "lr_schedule_scope": "run"}
 
+# Found on validation data of the benchmark's suites; see docs/results.md.
+_RECOMMENDED = {
+    "merge_method": "mean",
+    "outer_learning_rate": "norm",
+    "head_steps": 0.2,
+    "optimizer_policy": "per_task_second_moment",
+    "lr_schedule_scope": "run",
+    "lr_scheduler_type": "linear",
+}
+
 BASELINES: Mapping[str, Baseline] = {
     "pretrained": Baseline("heads", "The pretrained backbone, frozen; heads alone are trained."),
     "one_shot": Baseline(
@@ -57,6 +67,14 @@ BASELINES: Mapping[str, Baseline] = {
         "joint_proportional", "Joint multi-task training, tasks sampled in proportion to their sizes."
     ),
     "atm": Baseline("atm", "ATM as the settings have it (https://huggingface.co/papers/2411.03055)."),
+    "recommended": Baseline(
+        "atm",
+        "The settings recommended in docs/choosing.md for full weights.",
+        lambda tasks: {**_RECOMMENDED, "moment_exponent": 1.0},
+    ),
+    "recommended_lora": Baseline(
+        "atm", "The settings recommended in docs/choosing.md for LoRA.", lambda tasks: dict(_RECOMMENDED)
+    ),
     "fedavg": Baseline(
         "atm",
         "FedAvg with full participation (https://huggingface.co/papers/1602.05629); ATM with the mean is the same "
