@@ -14,7 +14,8 @@ _MARKS = "osD^vPX*<>"
 def draw(cells: Mapping[int, Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Average validation score by optimizer steps per task: mean over seeds, and the range between them.
 
-    Members with a curve are lines; those without one (experts, the best one-shot merge) are level lines.
+    Members with a curve are lines; those without one (experts, the best one-shot merge) are level lines. Where no
+    member was evaluated round by round, final averages are bars.
 
     Args:
         cells (`Mapping[int, Mapping]`): results by seed and member.
@@ -26,32 +27,54 @@ def draw(cells: Mapping[int, Mapping[str, Any]], rows: Mapping[str, Mapping[str,
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    members = list(dict.fromkeys(member for by_member in cells.values() for member in by_member))
-    for index, member in enumerate(members):
-        points: dict[float, list[float]] = {}
-        for by_member in cells.values():
-            for entry in by_member.get(member, {}).get("curve", []):
+    curves = _curves(cells)
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    if any(len(points) > 1 for points in curves.values()):
+        _draw_curves(axes, curves, rows)
+    else:
+        _draw_bars(axes, rows)
+    axes.grid(alpha=0.3)
+    beside = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    figure.savefig(beside, dpi=150)
+    pyplot.close(figure)
+    beside.replace(path)
+
+
+def _curves(cells: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[float, list[float]]]:
+    """Average scores of all seeds by steps, for every member."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for by_member in cells.values():
+        for member, cell in by_member.items():
+            points = curves.setdefault(member, {})
+            for entry in cell["curve"]:
                 points.setdefault(entry["steps"], []).append(statistics.fmean(entry["scores"].values()))
+    return curves
+
+
+def _draw_curves(axes: Any, curves: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    for index, (member, points) in enumerate(curves.items()):
         if member not in rows or not points:
             continue
         steps = sorted(points)
         means = [statistics.fmean(points[step]) for step in steps]
-        line = axes.plot(steps, means, marker=_MARKS[index % len(_MARKS)], markersize=5, label=member)[0]
+        style = ("-", "--", "-.", ":")[index // 10 % 4]
+        line = axes.plot(steps, means, style, marker=_MARKS[index % len(_MARKS)], markersize=5, label=member)[0]
         low, high = [min(points[s]) for s in steps], [max(points[s]) for s in steps]
         axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     levels = {name: row for name, row in rows.items() if name.startswith("one-shot") and "validation" in row}
     best = max(levels, key=lambda name: levels[name]["validation"]["average"]["mean"], default="")
     for name, style in (("experts", "--"), (best, ":")):
         if name in rows and "validation" in rows[name]:
-            axes.axhline(
-                rows[name]["validation"]["average"]["mean"], linestyle=style, color="black", linewidth=1, label=name
-            )
+            level = rows[name]["validation"]["average"]["mean"]
+            axes.axhline(level, linestyle=style, color="black", linewidth=1, label=name)
     axes.set_xlabel("optimizer steps per task")
     axes.set_ylabel("average of the tasks' metrics, validation")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    beside = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    figure.savefig(beside, dpi=150)
-    pyplot.close(figure)
-    beside.replace(path)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_bars(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    shown = {name: row["validation"]["average"] for name, row in rows.items() if "validation" in row}
+    names = sorted(shown, key=lambda name: shown[name]["mean"])
+    means, deviations = [shown[name]["mean"] for name in names], [shown[name]["std"] for name in names]
+    axes.barh(names, means, xerr=deviations, color="lightgrey", edgecolor="black", capsize=3)
+    axes.set_xlabel("average of the tasks' metrics after the last step, validation (bar: mean, line: deviation)")

@@ -1,0 +1,45 @@
+"""The quality benchmark: `hf-atm compare` on one of the suites beside this file.
+
+    python benchmarks/quality/run.py text                    # all members, 200 steps per task, three seeds
+    python benchmarks/quality/run.py vision --rounds 3       # 3 rounds of 20 steps: joint, plain mean, recommended
+    python benchmarks/quality/run.py vision --members joint recommended --seeds 0
+
+Interrupt it at will: finished runs are kept, and the same command goes on. Everything after `--` goes to hf-atm compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import squeezenet  # noqa: F401  (registers the backbone of the vision suite)
+import torch
+
+from hf_atm.cli.main import main
+
+
+HERE = Path(__file__).parent
+STEPS_PER_ROUND = 20
+SHORT = ["joint", "mean, 10 x 20", "recommended"]
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=sorted(path.stem for path in HERE.glob("*.yaml")))
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of 20 steps (default: %(default)s)")
+    parser.add_argument("--members", nargs="+", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: %(default)s")
+    parser.add_argument("--output", help="default: runs/quality/SUITE-ROUNDS")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: %(default)s)")
+    options, rest = parser.parse_known_args()
+    torch.set_num_threads(options.threads)
+    members = options.members or (None if options.rounds == 10 else SHORT)
+    arguments = ["compare", str(HERE / f"{options.suite}.yaml"), "--seeds", *map(str, options.seeds)]
+    arguments += ["--steps", str(options.rounds * STEPS_PER_ROUND), "--num_rounds", str(options.rounds)]
+    arguments += ["--output_dir", options.output or f"runs/quality/{options.suite}-{options.rounds}"]
+    if members:
+        arguments += ["--members", *members]
+    sys.exit(main([*arguments, "--quiet", *(argument for argument in rest if argument != "--")]))
