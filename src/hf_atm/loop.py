@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
@@ -13,37 +12,24 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from .callbacks import ATMCallback
-from .checkpoint import REPORT_NAME, load_tensors, load_values, save_state, write_json
+from .checkpoint import load_tensors
 from .data import RoundDataset, head_step_counts, segment_length
 from .learning_rate import learning_rate_multiplier
+from .loop_checkpoint import ResumableLoop
+from .loop_report import LoopReport
 from .lora import check_adapter_setup
 from .merge_report import DivergenceError, MergeReport
 from .moment_weights import entry_weights
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
-from .rounds import RoundState, under
+from .round_checkpoint import under
+from .rounds import RoundState
 from .schedule import Position, RoundPlan, Segment
 from .seeding import derive_seed, seed_everything
 
 
-_STATE_VERSION = 1
-# What the report knows of rounds done and of the round in progress.
-_PROGRESS = (
-    "records",
-    "seconds",
-    "segment_loss",
-    "round_losses",
-    "expert_metrics",
-    "expert_scores",
-    "base_losses",
-    "loss_gaps",
-    "searched",
-    "merge_record",
-)
-
-
-class ATMLoop:
+class ATMLoop(LoopReport, ResumableLoop):
     """Everything alternating tuning and merging keeps beside the Trainer.
 
     Args:
@@ -377,126 +363,3 @@ class ATMLoop:
                     "learning_rate, check the task's labels, or leave the task out."
                 )
                 raise self._undo(DivergenceError(message))
-
-    # ---- Logging and report ----
-
-    def describe(self, logs: dict[str, float], step: int) -> None:
-        """Add round, task and the task's own loss to a training log, and remember the loss for the report."""
-        position = self.plan.locate(step - 1)
-        logs["round"] = position.round
-        logs["task"] = self.plan.tasks.index(position.task)
-        logs[f"loss_{position.task}"] = logs["loss"]
-        steps, self._last_logged = step - self._last_logged, step
-        self.segment_loss[0] += logs["loss"] * steps
-        self.segment_loss[1] += steps
-        if self.plan.closed_by(step) is not None:
-            if not position.settling:
-                # The record of a finished round holds this very dictionary.
-                self.round_losses[position.task] = self.segment_loss[0] / self.segment_loss[1]
-            self.segment_loss = [0.0, 0.0]
-
-    def attach_metrics(self, state: Any, metrics: Mapping[str, float]) -> bool:
-        """Put an evaluation of merged weights into the round's record; `False` when it belongs to none."""
-        if not self.records or not self.trainer.is_in_train:
-            return False
-        record = self.records[-1]
-        if record["global_step"] != state.global_step or "eval_loss" not in metrics:
-            return False
-        record["metrics"] = {name: value for name, value in metrics.items() if name != "epoch"}
-        record["scores"], record["metric_names"] = self.trainer.scores(metrics)
-        # An evaluation at a round's end comes after its record was made.
-        record["seconds"]["evaluating"] += self.seconds["evaluating"]
-        self.seconds["evaluating"] = 0.0
-        return True
-
-    def write_report(self) -> None:
-        """Write `atm_report.json`."""
-        private = self.groups.private_sizes(self.plan.tasks)
-        content = {"rounds": self.records, "private_parameters": private}
-        write_json(os.path.join(self.args.output_dir, REPORT_NAME), content)
-
-    # ---- Checkpoints ----
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to continue bit by bit."""
-        args = self.args
-        return {
-            "tasks": list(self.plan.tasks),
-            "num_rounds": args.num_rounds,
-            "steps_per_segment": list(self.plan.lengths),
-            "head_steps": [args.head_steps, args.head_learning_rate_ratio],
-            "num_examples": list(self.num_examples.values()),
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-            "train_sampling_strategy": args.train_sampling_strategy,
-            "merge_method": args.merge_method,
-            "merge_kwargs": args.merge_kwargs,
-            "task_weights": args.task_weights,
-            "outer": [args.outer_learning_rate, args.outer_momentum, args.outer_nesterov],
-            "max_task_vector_norm": args.max_task_vector_norm,
-            "optimizer_policy": args.optimizer_policy,
-            "lr_schedule_scope": args.lr_schedule_scope,
-            "lora_merge_mode": args.lora_merge_mode,
-            "keep_task_vectors": args.keep_task_vectors,
-            "moment_exponent": args.moment_exponent,
-            "task_vector_surgery": args.task_vector_surgery,
-            "task_vector_origin": args.task_vector_origin,
-            "loss_gap_temperature": args.loss_gap_temperature,
-            "task_specific_modules": list(args.task_specific_modules),
-            "model": self.groups.digest(),
-        }
-
-    def check_resume(self, folder: str) -> None:
-        """Refuse a checkpoint that this run cannot continue.
-
-        Raises:
-            ValueError: listing every setting that differs, as stored and as now.
-        """
-        stored = load_values(folder)
-        now = self.fingerprint()
-        then = stored.get("fingerprint", {})
-        changed = [
-            f"{name}: {then.get(name)!r} -> {value!r}" for name, value in now.items() if then.get(name) != value
-        ]
-        if stored.get("version") != _STATE_VERSION:
-            changed.append(f"state version: {stored.get('version')} -> {_STATE_VERSION}")
-        if changed:
-            raise ValueError(
-                f"{folder} belongs to a different run ({'; '.join(changed)}); restore these settings, or start anew "
-                "in another output_dir."
-            )
-
-    def _mid_round(self, step: int) -> bool:
-        """Whether the weights after `step` steps are one task's, with a base and task vectors beside them."""
-        return not self.plan.is_round_end(step) and not self.plan.locate(step).settling
-
-    def save(self, folder: str, step: int) -> None:
-        """Write what the Trainer's own checkpoint lacks."""
-        position = self.plan.locate(step)
-        values, tensors = self.rounds.state(self._mid_round(step))
-        names = {id(parameter): name for name, parameter in self.trainer.model.named_parameters()}
-        moments, moment_values = self.memory.tensors(names, position.task if position.offset else None)
-        tensors |= moments
-        tensors |= {f"private.{name}": tensor for name, tensor in self.groups.stored_copies().items()}
-        content = {
-            "version": _STATE_VERSION,
-            "fingerprint": self.fingerprint(),
-            "global_step": step,
-            "rounds": values,
-            "moments": moment_values,
-            **{name: getattr(self, name) for name in _PROGRESS},
-        }
-        save_state(folder, content, tensors)
-
-    def _load(self, state: Any) -> None:
-        assert self.resume_from is not None
-        stored, tensors = load_values(self.resume_from), load_tensors(self.resume_from)
-        self.rounds.load(stored["rounds"], tensors, self._mid_round(state.global_step))
-        live = dict(self.trainer.model.named_parameters())
-        self.memory.load(tensors, stored["moments"], live, self.trainer.optimizer)
-        self.groups.load_copies(under(tensors, "private"))
-        for name in _PROGRESS:
-            setattr(self, name, stored[name])
