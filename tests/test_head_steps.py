@@ -63,24 +63,25 @@ def plain_loop(model, rounds, head_steps, ratio):
         batches = {task: stored_batches(data, 8)(0, task) for task in sorted(TASKS)}
         for task in sorted(TASKS):
             tuned = copy.deepcopy(model)
-            _train(tuned, list(tuned.parameters()), batches[task][:-head_steps], task, 0.05)
+            _train(tuned, atm_loop.shared(tuned), batches[task][:-head_steps], task, 0.05, ratio)
             vectors.append(atm_loop.flatten(tuned) - start)
             heads[task] = tuned.heads[task].state_dict()
         atm_loop.unflatten(model, start + atm_loop.mean(vectors))
         for task in sorted(TASKS):
             model.heads[task].load_state_dict(heads[task])
-            parameters = list(model.heads[task].parameters())
-            _train(model, parameters, batches[task][-head_steps:], task, 0.05 * ratio)
+            _train(model, [], batches[task][-head_steps:], task, 0.05, ratio)
     return model
 
 
-def _train(model, parameters, batches, task, rate):
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+def _train(model, shared, batches, task, rate, ratio):
+    head = list(model.heads[task].parameters())
+    groups = [{"params": shared}] if shared else []
+    optimizer = torch.optim.AdamW([*groups, {"params": head, "lr": rate * ratio}], lr=rate, weight_decay=0.0)
     for batch in batches:
         loss = model(**batch, task=task).loss
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
+        torch.nn.utils.clip_grad_norm_([*shared, *head], 1.0)
         optimizer.step()
 
 
@@ -143,6 +144,8 @@ def test_resumes_bit_by_bit(tmp_path, policy, step):
         "optim": "adamw_torch",
         "lr_scheduler_type": "linear",
         "lr_schedule_scope": "run",
+        "head_learning_rate_ratio": 2.0,
+        "weight_decay": 0.01,
         "optimizer_policy": policy,
         "save_strategy": "steps",
         "save_steps": step,
@@ -180,13 +183,38 @@ def test_rates_of_head_steps(tmp_path):
         model=TinyModel({"colour": 3, "shape": 2}),
         num_rounds=2,
         head_steps=1,
-        head_learning_rate_ratio=4.0,
         lr_scheduler_type="linear",
         lr_schedule_scope="run",
     )
     rate = trainer.atm.rates()
     # Eight steps per task: colour takes 3, shape 3, then one each for the heads.
-    assert [rate(step) for step in range(8)] == [1, 7 / 8, 6 / 8, 1, 7 / 8, 6 / 8, 4 * 5 / 8, 4 * 5 / 8]
+    assert [rate(step) for step in range(8)] == [1, 7 / 8, 6 / 8, 1, 7 / 8, 6 / 8, 5 / 8, 5 / 8]
+
+
+def test_heads_have_groups_of_their_own_rate(tmp_path):
+    seen = []
+
+    class Watch(ATMCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            inner = getattr(optimizer, "optimizer", optimizer)
+            seen.append({id(p): group["lr"] for group in inner.param_groups for p in group["params"]})
+
+    trainer = make_trainer(
+        tmp_path,
+        num_rounds=1,
+        head_learning_rate_ratio=4.0,
+        lr_scheduler_type="linear",
+        weight_decay=0.1,
+        callbacks=[Watch()],
+    )
+    trainer.train()
+    for rates in seen:
+        values = {name: rates[id(p)] for name, p in trainer.model.named_parameters()}
+        shared = {value for name, value in values.items() if "heads" not in name}
+        heads = {value for name, value in values.items() if "heads" in name}
+        assert len(shared) == len(heads) == 1
+        assert heads.pop() == pytest.approx(4 * shared.pop())
+    assert len({max(rates.values()) for rates in seen}) > 1
 
 
 def test_a_fraction_of_the_steps(tmp_path):

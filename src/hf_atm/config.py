@@ -60,7 +60,7 @@ class ATMArguments:
         },
     )
     head_learning_rate_ratio: float = field(
-        default=5.0, metadata={"help": "Learning rate of `head_steps`, as a multiple of `learning_rate`. Above 0."}
+        default=1.0, metadata={"help": "Learning rate of the heads, as a multiple of `learning_rate`. Above 0."}
     )
     merge_method: str = field(default="mean", metadata={"help": "Any name from `hf_atm.list_merge_methods()`."})
     merge_kwargs: dict | str | None = field(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from transformers import get_scheduler
 
+from .moments import inner_optimizer
 from .schedule import RoundPlan
 
 
@@ -15,8 +16,7 @@ def learning_rate_multiplier(plan: RoundPlan, args: Any) -> Callable[[int], floa
     """The factor on the learning rate at each global step, for [`~torch.optim.lr_scheduler.LambdaLR`].
 
     With `lr_schedule_scope="segment"` every segment runs through the whole schedule; with `"run"` each task runs
-    through it once over all rounds, counting its own steps only, so that the order of tasks changes no rate. Head
-    steps have `head_learning_rate_ratio` times the rate.
+    through it once over all rounds, counting its own steps only, so that the order of tasks changes no rate.
 
     Args:
         plan (`RoundPlan`): the run's plan.
@@ -35,10 +35,9 @@ def learning_rate_multiplier(plan: RoundPlan, args: Any) -> Callable[[int], floa
     def multiplier(step: int) -> float:
         step = min(step, plan.total_steps - 1)
         position = plan.locate(step)
-        factor = args.head_learning_rate_ratio if position.settling else 1.0
         if over_run:
-            return factor * curves[plan.task_steps[position.task]](plan.own_step(step))
-        return factor * curves[position.length](position.offset)
+            return curves[plan.task_steps[position.task]](plan.own_step(step))
+        return curves[position.length](position.offset)
 
     return multiplier
 
@@ -60,3 +59,20 @@ def schedule_curve(args: Any, steps: int) -> Callable[[int], float]:
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
     return scheduler.lr_lambdas[0]
+
+
+def set_head_rates(optimizer: Any, heads: Iterable[torch.Tensor], ratio: float) -> None:
+    """Give heads parameter groups of their own, with `ratio` times the rate; to be done before a scheduler is made.
+
+    Args:
+        optimizer: a torch optimizer, or Accelerate's wrapper of one.
+        heads (`Iterable[torch.Tensor]`): parameters of all heads.
+        ratio (`float`): above 0.
+    """
+    inner, wanted = inner_optimizer(optimizer), {id(parameter) for parameter in heads}
+    for group in list(inner.param_groups):
+        own = [parameter for parameter in group["params"] if id(parameter) in wanted]
+        if own:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
+            inner.add_param_group({**group, "params": own, "lr": group["lr"] * ratio})
+    inner.param_groups[:] = [group for group in inner.param_groups if group["params"]]

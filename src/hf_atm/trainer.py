@@ -33,6 +33,7 @@ from .hosts import (
     with_heads,
     wrap_model_init,
 )
+from .learning_rate import set_head_rates
 from .loop import ATMLoop
 from .lora import LoraSpace
 from .parameters import base_model
@@ -325,8 +326,11 @@ class ATMMixin(EvaluationMixin):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         host: Any = self
         if host.lr_scheduler is None:
-            rates = self.atm.rates()
-            host.lr_scheduler = LambdaLR(host.optimizer if optimizer is None else optimizer, rates)
+            optimizer = host.optimizer if optimizer is None else optimizer
+            if self.args.head_learning_rate_ratio != 1:
+                heads = [p for head in self.atm.groups.heads.values() for p in head.values()]
+                set_head_rates(optimizer, heads, self.args.head_learning_rate_ratio)
+            host.lr_scheduler = LambdaLR(optimizer, self.atm.rates())
             host._created_lr_scheduler = True
         return host.lr_scheduler
 
