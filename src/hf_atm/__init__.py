@@ -18,7 +18,7 @@ _EXPORTS = {
     "ATMMixin": "trainer",
     "ATMSeq2SeqTrainer": "trainer",
     "ATMTrainer": "trainer",
-    "MergeReport": "rounds",
+    "MergeReport": "merge_report",
     "MultiTaskConfig": "modeling",
     "MultiTaskModel": "modeling",
     "RoundPlan": "schedule",
