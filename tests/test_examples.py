@@ -27,6 +27,7 @@ from hf_atm import MultiTaskModel
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+BENCHMARKS = EXAMPLES.with_name("benchmarks")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film", "day", "night"]
 COMMON = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--num_rounds", "1", "--local_steps", "2"]
 
@@ -117,6 +118,22 @@ def test_configurations_are_valid(config, monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     parsed = experiment.read_experiment(EXAMPLES / "configs" / config)
     assert len(parsed.tasks) >= 4 and parsed.args.num_rounds >= 6
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (BENCHMARKS / "quality").glob("*.yaml")))
+def test_benchmarks_compare_at_equal_budgets(config, monkeypatch):
+    from hf_atm.baselines.members import check_budgets
+    from hf_atm.cli import experiment
+    from hf_atm.cli.compare import choose_members
+
+    monkeypatch.setattr(experiment, "resolve_reference", lambda reference, folder: reference)
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    parsed = experiment.read_experiment(BENCHMARKS / "quality" / config)
+    assert parsed.compare["seeds"] == [0, 1, 2]
+    members = choose_members(parsed, None)
+    settings = check_budgets(members, list(parsed.tasks), vars(parsed.args), parsed.compare["steps"])
+    rounds = [settings[member.name].get("num_rounds", parsed.args.num_rounds) for member in members]
+    assert {10, 5, 2, 1} <= set(rounds) and {"joint", "recommended", "one_shot"} <= set(settings)
 
 
 def test_the_table_lists_every_example():
