@@ -24,7 +24,7 @@ from hf_atm.cli.main import main
 
 HERE = Path(__file__).parent
 STEPS_PER_ROUND = 20
-SHORT = ["joint", "mean, 10 x 20", "recommended"]
+SHORT = ["joint", "joint, faster heads", "mean, 10 x 20", "recommended"]
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -50,7 +50,7 @@ _RECOMMENDED = {
     "merge_method": "mean",
     "outer_learning_rate": "norm",
     "head_steps": 0.2,
-    "head_learning_rate_ratio": 5.0,
+    "head_learning_rate_ratio": 10.0,
     "optimizer_policy": "per_task_second_moment",
     "lr_schedule_scope": "run",
     "lr_scheduler_type": "linear",
