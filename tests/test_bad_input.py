@@ -43,6 +43,11 @@ def small():
             {"moment_exponent": 0.5, "optim": "adamw_torch", "merge_method": "tsv_m"},
             "moment_exponent=0.5 makes a weighted mean.*'tsv_m'",
         ),
+        (
+            {"moment_exponent": 0.5, "optim": "adamw_torch", "optimizer_policy": "keep"},
+            "optimizer_policy='keep' mixes those of all tasks",
+        ),
+        ({"head_steps": float("inf")}, "head_steps is inf"),
         ({"head_steps": -1}, "head_steps is -1"),
         ({"head_steps": 1.5}, r"head_steps is 1\.5"),
         ({"head_steps": 2, "freeze_heads": True}, "head_steps=2 trains heads, and freeze_heads=True"),

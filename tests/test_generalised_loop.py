@@ -7,8 +7,11 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 
+from hf_atm import ATMCallback
+from hf_atm.outer import loss_gap_weights
 from tests.reference import atm_loop
 from tests.test_loop_oracle import stored_batches
 from tests.testing_utils import (
@@ -97,6 +100,12 @@ def test_loss_gaps_decide_the_weights(tmp_path):
         assert record["searching"] == 2 * sum(SIZES.values())
         assert record["seconds"]["searching"] > 0
     assert max(weights[0]) > 1.1
+
+
+def test_neutral_gaps_and_temperatures_weigh_equally():
+    assert loss_gap_weights({"a": 0.7, "b": 0.7}) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert loss_gap_weights({"a": 0.0, "b": 5.0}, 1e9) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert loss_gap_weights({"a": 0.0, "b": math.log(3)}) == pytest.approx({"a": 0.5, "b": 1.5})
 
 
 def test_a_searched_step_is_the_best_of_those_tried(tmp_path):
@@ -200,6 +209,59 @@ def test_resumes_bit_by_bit(tmp_path, settings, step):
     again = trained(tmp_path, TinyModel(dropout=0.2), resume=str(tmp_path / f"checkpoint-{step}"), **settings)
     assert largest_difference(parameters_of(whole.model), parameters_of(again.model)) == 0.0
     assert [{**record, "seconds": None} for record in again.report] == records
+
+
+def test_the_norm_rule_restores_clipped_norms(tmp_path):
+    trainer = trained(tmp_path, num_rounds=1, outer_learning_rate="norm", max_task_vector_norm=0.01)
+    record = trainer.report[0]
+    assert min(record["task_vector_norms"].values()) > 0.01
+    assert record["merged_norm"] * record["step_size"] == pytest.approx(0.01, rel=1e-5)
+
+
+def test_a_task_without_weight_changes_nothing(tmp_path):
+    model, states = TinyModel(), []
+    for data in (make_datasets(), {**make_datasets(), "size": make_datasets()["size"].select(range(8, 32))}):
+        trainer = make_trainer(
+            tmp_path / str(len(states)),
+            copy.deepcopy(model),
+            train_dataset=data,
+            num_rounds=1,
+            task_weights={"colour": 1.0, "shape": 2.0, "size": 0.0},
+            task_vector_surgery="pcgrad",
+            outer_learning_rate="norm",
+        )
+        trainer.train()
+        states.append({n: v for n, v in parameters_of(trainer.model).items() if "heads" not in n})
+    assert largest_difference(*states) <= 1e-7
+
+
+@pytest.mark.parametrize("surgery", ["pcgrad", "gram_schmidt"])
+def test_exported_experts_are_the_experts_after_surgery(tmp_path, surgery):
+    config = LoraConfig(r=2, target_modules=["body.0", "body.2"])
+    experts = {}
+
+    class Keep(ATMCallback):
+        def on_task_end(self, args, state, control, *, round, task, model, **kwargs):
+            with torch.no_grad():
+                experts[task] = model(features=probe, task=task).logits
+
+    probe = torch.randn(5, 6)
+    trainer = make_trainer(
+        tmp_path / "run",
+        peft_config=config,
+        num_rounds=2,
+        head_steps=1,
+        task_vector_surgery=surgery,
+        callbacks=[Keep()],
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for task in TASKS:
+        merged = TinyModel()
+        merged.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
+        expert = PeftModel.from_pretrained(merged, str(tmp_path / "saved" / "adapters" / task))
+        with torch.no_grad():
+            assert (expert(features=probe, task=task).logits - experts[task]).abs().max() <= 1e-5
 
 
 def test_an_adapter_cannot_be_anchored(tmp_path):

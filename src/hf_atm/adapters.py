@@ -69,10 +69,15 @@ def save_expert_adapters(model: PeftModel, rounds: RoundState, output_dir: str, 
         beside = f"{folder}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         if space.mode == "svd":
-            live = space.snapshot()
+            live, parameters = space.snapshot(), dict(model.named_parameters())
+            heads = {name: parameters[name].detach().clone() for name in rounds.expert_heads.get(task, {})}
             space.restore(vector.tensors)
+            for name in heads:
+                parameters[name].copy_(rounds.expert_heads[task][name])
             model.save_pretrained(beside)
             space.restore(live)
+            for name, value in heads.items():
+                parameters[name].copy_(value)
         else:
             _save_difference(model, rounds, task, moves, beside, base_name)
         os.rename(beside, folder)
@@ -84,6 +89,8 @@ def _save_difference(
     space: Any = rounds.space
     state = get_peft_model_state_dict(model, adapter_name=space.adapter)
     shares = rounds.linear_shares()
+    for name, tensor in rounds.expert_heads.get(task, {}).items():
+        state[name.replace(f".modules_to_save.{space.adapter}.", ".")] = tensor
     # Shared parameters beside the factors, with the expert's values.
     for name in space.others.parameters:
         state[name.replace(f".modules_to_save.{space.adapter}.", ".")] = rounds.merged_vectors[task].tensors[name]

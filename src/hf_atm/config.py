@@ -197,7 +197,8 @@ class ATMArguments:
             raise ValueError(f"local_epochs is {self.local_epochs}; it must be above 0.")
         if not (self.head_learning_rate_ratio > 0 and math.isfinite(self.head_learning_rate_ratio)):
             raise ValueError(f"head_learning_rate_ratio is {self.head_learning_rate_ratio}; it must be above 0.")
-        if not self.head_steps >= 0 or self.head_steps > 1 and self.head_steps != int(self.head_steps):
+        steps = self.head_steps
+        if not (0 <= steps and math.isfinite(steps)) or steps > 1 and steps != int(steps):
             raise ValueError(
                 f"head_steps is {self.head_steps}; give a whole number of steps, or a fraction of them below 1."
             )
@@ -230,6 +231,11 @@ class ATMArguments:
             raise ValueError(
                 f"moment_exponent={self.moment_exponent} makes a weighted mean, so merge_method must be 'mean', not "
                 f"{self.merge_method!r} with {self.merge_kwargs}."
+            )
+        if self.moment_exponent and self.optimizer_policy == "keep":
+            raise ValueError(
+                f"moment_exponent={self.moment_exponent} weighs by each task's own gradients, and optimizer_policy='keep' "
+                "mixes those of all tasks; use 'reset' or 'per_task_second_moment'."
             )
         if self.task_vector_origin == "start" and self.outer_momentum:
             raise ValueError(

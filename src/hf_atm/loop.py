@@ -19,7 +19,7 @@ from .loop_checkpoint import ResumableLoop
 from .loop_report import LoopReport
 from .lora import check_adapter_setup
 from .merge_report import DivergenceError, MergeReport
-from .moment_weights import entry_weights
+from .moment_weights import check_second_moments, entry_weights
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
@@ -177,6 +177,8 @@ class ATMLoop(LoopReport, ResumableLoop):
         self._set_up()
         self._reset_progress()
         self._last_logged = state.global_step
+        if self.args.moment_exponent:
+            check_second_moments(self.trainer.optimizer)
         if self.resume_from is not None:
             self._load(state)
         else:
@@ -247,6 +249,8 @@ class ATMLoop(LoopReport, ResumableLoop):
             norm = self.rounds.capture(task, self._entry_weights())
             control = self.emit("on_task_end", state, control, round=segment.round, task=task, task_vector_norm=norm)
             self.memory.end(self.trainer.optimizer, task)
+            if self.plan.settles and self.rounds.space.compact:
+                self.rounds.expert_heads[task] = self.groups.head_values(task)
             if self.plan.is_merge(state.global_step):
                 self.merge_record = self._merge(segment.round).to_dict()
             else:

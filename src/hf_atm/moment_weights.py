@@ -37,18 +37,12 @@ def entry_weights(
     Raises:
         ValueError: when the optimizer has no second moments.
     """
+    check_second_moments(optimizer)
     inner = inner_optimizer(optimizer)
-    decay = {
-        parameter: group.get("betas", (0.0, 0.0))[1] for group in inner.param_groups for parameter in group["params"]
-    }
+    decay = {parameter: group["betas"][1] for group in inner.param_groups for parameter in group["params"]}
     weights = {}
     for name, parameter in parameters.items():
         state = inner.state.get(parameter, {})
-        if state and "exp_avg_sq" not in state:
-            raise ValueError(
-                f"moment_exponent needs AdamW's second moments, and {type(inner).__name__} has none; choose "
-                "optim='adamw_torch_fused', or moment_exponent=0."
-            )
         if not state:
             # Not in any graph of this task.
             weights[name] = torch.full(parameter.shape, _EPSILON ** (2 * exponent), device=device)
@@ -57,6 +51,20 @@ def entry_weights(
         root = (state["exp_avg_sq"].detach().to(device, torch.float32) / correction).sqrt_()
         weights[name] = root.add_(_EPSILON).pow_(2 * exponent)
     return weights
+
+
+def check_second_moments(optimizer: Any) -> None:
+    """Refuse an optimizer that keeps no second moments of single entries.
+
+    Raises:
+        ValueError: naming its class.
+    """
+    inner = inner_optimizer(optimizer)
+    if not isinstance(inner, (torch.optim.Adam, torch.optim.AdamW)):
+        raise ValueError(
+            f"moment_exponent needs AdamW's second moments, and {type(inner).__name__} has none; choose "
+            "optim='adamw_torch_fused', or moment_exponent=0."
+        )
 
 
 def entrywise_mean(

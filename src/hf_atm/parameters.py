@@ -130,6 +130,10 @@ class ParameterGroups:
         if stored:
             base_model(self.model).forget_active_task()
 
+    def head_values(self, task: str) -> dict[str, Tensor]:
+        """Copies of a task's head, by parameter name."""
+        return {name: parameter.detach().clone() for name, parameter in self.heads.get(task, {}).items()}
+
     def private_values(self, task: str) -> dict[str, Tensor]:
         """Copies of what only `task` trains, by name."""
         private = {**self.heads.get(task, {}), **self.copied}

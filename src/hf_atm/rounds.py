@@ -85,6 +85,8 @@ class RoundState(RoundCheckpoint):
         self.method_kwargs = {key: value for key, value in merge_kwargs.items() if key != "scaling_coefficient"}
         self._weigh(weights)
         self.merged_vectors: dict[str, TaskVector] = {}
+        # Heads as the experts of the last merge had them, where they have gone on learning since.
+        self.expert_heads: dict[str, dict[str, Tensor]] = {}
         self._clear()
 
     def _weigh(self, weights: Mapping[str, float]) -> None:
@@ -201,7 +203,7 @@ class RoundState(RoundCheckpoint):
         Raises:
             DivergenceError: when the merged update holds NaN or infinity; the base stands as it was.
         """
-        norms = [self.norms[task] for task in self.tasks]
+        norms = {task: self.norms[task] for task in self.tasks}
         if weights is not None:
             self._weigh(weights)
         self.mixing = self._operate(round_index)
@@ -212,15 +214,10 @@ class RoundState(RoundCheckpoint):
                 f"The merge by {self.method!r} in round {round_index} gave NaN or infinity; try another merge_method "
                 "or other merge_kwargs."
             )
-        self.step_size = self.outer.step_size(norms, merged_norm)
+        self.step_size = self.outer.step_size(self._counted_norms(), merged_norm)
         angles, exact = self._cosines()
         if self.statistics:
-            pooled = merge_buffers(
-                [self.task_statistics[task] for task in self.tasks],
-                self.base_statistics,
-                [self.weights[task] for task in self.tasks],
-            )
-            self._write_statistics(pooled)
+            self.pool_statistics()
         move = self.outer.step(merged, 1.0)
         tried: dict[float, float] = {}
         if losses is not None:
@@ -240,13 +237,27 @@ class RoundState(RoundCheckpoint):
             tasks=list(self.tasks),
             method=self.method,
             weights=dict(self.weights),
-            task_vector_norms=dict(zip(self.tasks, norms, strict=True)),
+            task_vector_norms=norms,
             cosines=angles,
             cosines_exact=exact,
             merged_norm=merged_norm,
             step_size=self.step_size,
             step_sizes_tried=[list(pair) for pair in tried.items()],
         )
+
+    def pool_statistics(self) -> None:
+        """Write what all tasks' running statistics make together into the live model."""
+        pooled = merge_buffers(
+            [self.task_statistics[task] for task in self.tasks],
+            self.base_statistics,
+            [self.weights[task] for task in self.tasks],
+        )
+        self._write_statistics(pooled)
+
+    def _counted_norms(self) -> list[float]:
+        """Norms of the task vectors that take part, as they enter the merge: clipped."""
+        factors = clip_factors(self.norms, self.max_norm)
+        return [self.norms[task] * factors[task] for task in self.tasks if self.weights[task] != 0]
 
     def _search(
         self, move: Mapping[str, Tensor], losses: Callable[[], Mapping[str, float]]
@@ -262,9 +273,15 @@ class RoundState(RoundCheckpoint):
         if self.surgery is None:
             return None
         factors = clip_factors(self.norms, self.max_norm)
-        scale = torch.tensor([factors[task] for task in self.tasks], dtype=torch.float64)
-        gram = gram_matrix([self.vectors[task] for task in self.tasks]) * scale[:, None] * scale
-        return SURGERIES[self.surgery](gram, self.tasks, derive_seed(self.seed, "surgery", round_index))
+        # A task without weight takes no part, not even in what others lose.
+        taking = [index for index, task in enumerate(self.tasks) if self.weights[task] != 0]
+        names = [self.tasks[index] for index in taking]
+        scale = torch.tensor([factors[task] for task in names], dtype=torch.float64)
+        gram = gram_matrix([self.vectors[task] for task in names]) * scale[:, None] * scale
+        mixing = torch.eye(len(self.tasks), dtype=torch.float64)
+        rows = SURGERIES[self.surgery](gram, names, derive_seed(self.seed, "surgery", round_index))
+        mixing[torch.tensor(taking)[:, None], torch.tensor(taking)] = rows
+        return mixing
 
     def _merged(self) -> dict[str, Tensor]:
         factors = clip_factors(self.norms, self.max_norm)
@@ -275,8 +292,7 @@ class RoundState(RoundCheckpoint):
             merged[name].div_(weight)
         scale = self.merge_kwargs.get("scaling_coefficient", 1.0)
         if scale == "norm":
-            norms = [self.norms[task] * factors[task] for task in self.tasks]
-            scale = norm_scale(norms, _norm(merged.values()))
+            scale = norm_scale(self._counted_norms(), _norm(merged.values()))
         self.scale = float(scale)
         if self.scale != 1.0:
             for tensor in merged.values():

@@ -332,6 +332,11 @@ class ATMMixin(EvaluationMixin):
                 set_head_rates(optimizer, heads, self.args.head_learning_rate_ratio)
             host.lr_scheduler = LambdaLR(optimizer, self.atm.rates())
             host._created_lr_scheduler = True
+        elif self.args.head_learning_rate_ratio != 1 and not host._created_lr_scheduler:
+            raise ValueError(
+                f"head_learning_rate_ratio={self.args.head_learning_rate_ratio} sets up the schedule's groups, and a "
+                "scheduler was passed to the trainer; give heads a group of their own in your optimizer instead."
+            )
         return host.lr_scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
