@@ -6,6 +6,7 @@ import copy
 
 import datasets
 import pytest
+from transformers import TrainerCallback
 
 from hf_atm import ATMTrainer
 from hf_atm.refine import refine, refine_arguments, split_for_refining
@@ -57,12 +58,40 @@ def test_a_run_that_only_gets_worse_ends_at_its_start(tmp_path):
 
 
 def test_an_interrupted_refinement_goes_on(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 14:
+                raise KeyboardInterrupt
+
     model, settings = TinyModel(), {"num_rounds": 3, "learning_rate": 0.2}
-    whole = trainer_for(tmp_path, copy.deepcopy(model), **settings)
+    whole = trainer_for(tmp_path / "whole", copy.deepcopy(model), **settings)
     wanted = refine(whole)
-    again = trainer_for(tmp_path, copy.deepcopy(model), **settings)
+    broken = trainer_for(tmp_path / "run", copy.deepcopy(model), **settings)
+    broken.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        refine(broken)
+    again = trainer_for(tmp_path / "run", copy.deepcopy(model), **settings)
     assert refine(again, resume_from_checkpoint=True) == wanted
     assert largest_difference(parameters_of(whole.model), parameters_of(again.model)) == 0.0
+
+
+@pytest.mark.parametrize("when", ["start", "first round"])
+def test_a_score_that_is_no_number_is_the_worst(tmp_path, when):
+    counts = {"calls": 0}
+
+    def sometimes(prediction):
+        counts["calls"] += 1
+        broken = (counts["calls"] <= 3) if when == "start" else (3 < counts["calls"] <= 6)
+        return {"score": float("nan") if broken else counts["calls"] / 100}
+
+    trainer = trainer_for(tmp_path, TinyModel(), sometimes, num_rounds=2)
+    result = refine(trainer)
+    assert result.best_round == 2 and result.best > 0
+
+
+def test_the_users_own_choice_of_metric_is_kept(tmp_path):
+    trainer = trainer_for(tmp_path, TinyModel(), num_rounds=2, metric_for_best_model="worst", greater_is_better=True)
+    assert refine(trainer).metric == "eval_worst"
 
 
 def test_settings_that_keep_no_round_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,15 @@ def refine_arguments(args: ATMConfig, has_metrics: bool) -> ATMConfig:
 
     Args:
         args ([`ATMConfig`]): the settings.
-        has_metrics (`bool`): whether rounds can be chosen by the average metric; else by the average loss.
+        has_metrics (`bool`): whether rounds can be chosen by the average metric, unless `metric_for_best_model` names
+            another one; else by the average loss.
     """
     choice: dict[str, Any] = {
         **_CHOICE,
-        "metric_for_best_model": "average" if has_metrics else "loss",
-        "greater_is_better": has_metrics,
         "save_total_limit": args.save_total_limit or 1,
     }
+    if args.metric_for_best_model is None:
+        choice |= {"metric_for_best_model": "average" if has_metrics else "loss", "greater_is_better": has_metrics}
     return dataclasses.replace(args, **choice)
 
 
@@ -90,13 +92,17 @@ def refine(trainer: ATMTrainer, resume_from_checkpoint: str | bool | None = None
         )
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     rounds = [record["metrics"][metric] for record in trainer.report]
-    better = max if args.greater_is_better else min
-    best = better([start[metric], *rounds])
-    if best == start[metric]:
+    # What is no number is worse than anything.
+    worst = -math.inf if args.greater_is_better else math.inf
+    values = [value if math.isfinite(value) else worst for value in (start[metric], *rounds)]
+    best = (max if args.greater_is_better else min)(values)
+    best_round = values.index(best)
+    if best_round == 0:
         with torch.no_grad():
             model.load_state_dict(start_state)
-        return Refinement(metric, start, rounds, 0)
-    return Refinement(metric, start, rounds, rounds.index(best) + 1)
+        # Experts that are kept for export belong to a model that is gone.
+        trainer.atm.rounds.merged_vectors = {}
+    return Refinement(metric, start, rounds, best_round)
 
 
 def split_for_refining(

@@ -14,13 +14,9 @@ from hf_atm import ATMCallback
 from hf_atm.baselines import BASELINES, OneShotMerges, Suite, compare, parse_members
 from hf_atm.baselines.cells import run_cell
 from hf_atm.baselines.members import check_budgets
-from hf_atm.baselines.presets import FreshHeads
 from hf_atm.baselines.summary import normalized, summarize
 from hf_atm.merging import merge_task_vectors
 from tests.testing_utils import METRICS, TASKS, TinyModel, make_config, make_data, make_datasets, make_trainer
-
-
-SIZES = {"colour": 40, "shape": 24, "size": 32}
 
 
 def suite(tmp_path, built=None, test=True):
@@ -84,6 +80,21 @@ def test_files_hold_what_was_measured(finished):
     assert not list(output.rglob("checkpoint-*"))
 
 
+def test_one_shot_rows_pool_running_statistics_as_the_loop_does(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        TinyModel(batch_norm=True),
+        eval_dataset={task: make_data(task, 24) for task in TASKS},
+        compute_metrics=METRICS,
+        num_rounds=1,
+        keep_task_vectors=True,
+    )
+    merges = OneShotMerges(trainer, ["mean"])
+    trainer.add_callback(merges)
+    trainer.train()
+    assert merges.rows["mean untuned"]["validation"] == pytest.approx(trainer.quiet_scores(trainer.eval_dataset))
+
+
 def test_rows_are_means_over_seeds_of_the_cells(finished):
     folder, result, _ = finished
     for name in ("joint", "atm", "search"):
@@ -112,6 +123,9 @@ def test_the_ledger_counts_messages_and_searches(finished):
     assert cost["joint"]["communicated_bytes"] == 2 * 12 * shared
     assert cost["experts"]["communicated_bytes"] == 0
     assert cost["one-shot mean tuned"]["communicated_bytes"] == 2 * 3 * shared
+    candidates = cost["search"]["searched_examples"] / 72
+    assert cost["search"]["communicated_bytes"] == cost["atm"]["communicated_bytes"] + 3 * shared * candidates
+    assert cost["one-shot mean tuned"]["seconds"] > cost["one-shot mean untuned"]["seconds"] > 0
     assert cost["one-shot mean tuned"]["searched_examples"] == 8 * 72
     assert cost["one-shot mean untuned"]["searched_examples"] == cost["atm"]["searched_examples"] == 0
     assert cost["search"]["searched_examples"] >= 2 * 3 * 72
@@ -127,7 +141,8 @@ def test_a_second_run_repeats_nothing(finished, tmp_path):
     # One cell is lost: it alone runs, and gives what it gave.
     shutil.rmtree(tmp_path / "out" / "cells" / "joint" / "seed-1")
     again = compare(suite(tmp_path, built), parse_members(MEMBERS), [0, 1], 4, tmp_path / "out")
-    assert built == [1]
+    # Once to see that it can be built, once to run.
+    assert built == [1, 1]
     assert again["rows"]["joint"]["test"] == result["rows"]["joint"]["test"]
 
 
@@ -135,8 +150,95 @@ def test_cells_of_other_settings_are_not_taken_for_these(finished, tmp_path):
     folder, _, _ = finished
     shutil.copytree(folder / "out", tmp_path / "out")
     members = parse_members({**MEMBERS, "atm": {"learning_rate": 0.1}})
-    with pytest.raises(ValueError, match="was made with other settings than 'atm' has now"):
+    with pytest.raises(ValueError, match=r"made with other settings \(settings.learning_rate: 0.05 -> 0.1\)"):
         compare(suite(tmp_path), members, [0, 1], 4, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda suite: setattr(suite.args, "learning_rate", 0.2), "learning_rate"),
+        (lambda suite: setattr(suite, "identity", {"model": "another"}), "suite.model"),
+        (
+            lambda suite: setattr(suite, "train", make_datasets({"colour": 8, "shape": 24, "size": 32})),
+            "examples.train",
+        ),
+    ],
+)
+def test_common_settings_model_and_data_belong_to_a_cell(finished, tmp_path, change, message):
+    folder, _, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    changed = suite(tmp_path)
+    change(changed)
+    with pytest.raises(ValueError, match=message):
+        compare(changed, parse_members(MEMBERS), [0, 1], 4, tmp_path / "out")
+
+
+def test_where_and_how_often_it_reports_does_not(finished, tmp_path):
+    folder, result, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "out")
+    changed = suite(tmp_path)
+    changed.args.logging_steps, changed.args.save_strategy = 3, "steps"
+    again = compare(changed, parse_members(MEMBERS), [0, 1], 4, tmp_path / "out")
+    assert again["rows"]["atm"]["test"] == result["rows"]["atm"]["test"]
+
+
+def test_more_steps_with_the_same_segments_are_another_cell(tmp_path):
+    members = parse_members({"atm": {}})
+    compare(suite(tmp_path), members, [0], 4, tmp_path / "out")
+    longer = suite(tmp_path)
+    longer.args.num_rounds = 4
+    with pytest.raises(ValueError, match="num_rounds: 2 -> 4"):
+        compare(longer, members, [0], 8, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"atm": {"merge_method": "average"}}, "compare.members.atm: .*average"),
+        ({"atm": {"task_weights": {"colour": 1.0, "smell": 1.0}}}, "compare.members.atm: .*unknown.*smell"),
+        ({"atm": {"task_weights": {"colour": -1.0}}}, r"compare.members.atm: task_weights\['colour'\] is -1.0"),
+        ({"atm": {"task_weights": dict.fromkeys(TASKS, 0)}}, "compare.members.atm: All task_weights are zero"),
+        (
+            {"recommended": {"num_rounds": 4, "optim": "adamw_torch"}},
+            "compare.members.recommended: head_steps=0.2 leaves",
+        ),
+        ({"joint": {"task_specific_modules": ["body.0"]}}, "compare.members.joint: .*task_specific_modules"),
+        ({"pretrained": {}}, "compare.members.pretrained: .*has none"),
+        ({"cold_fusion": {}}, "compare.members.cold_fusion: .*MultiTaskModel"),
+    ],
+)
+def test_members_that_cannot_run_are_refused_before_any_does(tmp_path, members, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        compare(suite(tmp_path), parse_members({"fedavg": {}, **members}), [0], 4, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_member_that_diverges_is_a_failed_row(tmp_path):
+    members = parse_members({"wild": {"baseline": "atm", "learning_rate": 1e30}, "atm": {}})
+    for _ in range(2):
+        result = compare(suite(tmp_path), members, [0], 4, tmp_path / "out")
+        assert "validation" not in result["rows"]["wild"] and "NaN" in result["rows"]["wild"]["failed"][0]
+        assert set(result["rows"]["atm"]["validation"]["tasks"]) == set(TASKS)
+    assert "Failed: wild, seed 0" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_a_named_method_does_not_inherit_settings_of_atm(tmp_path):
+    changed = suite(tmp_path)
+    changed.args.head_steps, changed.args.outer_momentum, changed.args.max_task_vector_norm = 0.5, 0.8, 0.01
+    changed.args.merge_method, changed.args.merge_kwargs = "ties", {"density": 0.2}
+    members = parse_members({"fedavg": {}})
+    rows = compare(changed, members, [0], 4, tmp_path / "changed")["rows"]
+    plain = compare(suite(tmp_path), members, [0], 4, tmp_path / "plain")["rows"]
+    assert rows["fedavg"]["test"] == plain["fedavg"]["test"]
+
+
+def test_several_one_shot_members_keep_their_rows(tmp_path):
+    members = parse_members({"one_shot": {"merges": "mean"}, "slow": {"baseline": "one_shot", "learning_rate": 1e-9}})
+    rows = compare(suite(tmp_path), members, [0], 4, tmp_path / "out")["rows"]
+    assert {"experts", "one-shot mean tuned", "slow, experts", "slow, one-shot ties untuned"} <= set(rows)
+    assert rows["experts"]["test"]["normalized"]["mean"] == pytest.approx(1.0)
+    assert rows["experts"]["test"]["average"] != rows["slow, experts"]["test"]["average"]
 
 
 def test_an_interrupted_cell_goes_on_from_its_checkpoint(tmp_path):
@@ -207,12 +309,6 @@ def test_fedavg_is_atm_with_weights_by_size(tmp_path):
     members = parse_members({"fedavg": {}, "same": {"baseline": "atm", "task_weights": "num_examples"}})
     rows = compare(suite(tmp_path), members, [0], 4, tmp_path / "out")["rows"]
     assert rows["fedavg"]["test"] == rows["same"]["test"]
-
-
-def test_fresh_heads_need_a_model_that_can_make_them(tmp_path):
-    trainer = make_trainer(tmp_path, callbacks=[FreshHeads(0)])
-    with pytest.raises(ValueError, match="MultiTaskModel"):
-        trainer.train()
 
 
 def test_normalised_scores_leave_out_experts_at_chance():

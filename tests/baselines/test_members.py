@@ -53,6 +53,10 @@ def test_members_that_differ_in_budget_are_refused(members, message):
         budgets(members)
 
 
+def test_members_may_be_a_list_of_names():
+    assert [member.baseline for member in parse_members(["joint", "atm"])] == ["joint", "atm"]
+
+
 @pytest.mark.parametrize(
     ("members", "error", "message"),
     [
@@ -63,7 +67,13 @@ def test_members_that_differ_in_budget_are_refused(members, message):
         ({"atm": {"seed": 3}}, ValueError, "sets seed, which the comparison decides"),
         ({"atm": {"merges": ["mean"]}}, ValueError, "sets merges"),
         ({"one_shot": {"merges": ["swirl"]}}, KeyError, "no one-shot merge 'swirl'.*ties"),
-        ({"one_shot": {"num_rounds": 2}}, ValueError, "a one-shot merge has one round"),
+        ({"one_shot": {"merges": 3}}, ValueError, "merges must be a list of names, not 3"),
+        ({"joint": 3}, ValueError, "compare.members.joint must hold settings, not 3"),
+        ({"atm": {"num_rounds": 0}}, ValueError, "compare.members.atm.num_rounds is 0"),
+        ({"atm": {"num_rounds": None}}, ValueError, "compare.members.atm.num_rounds is None"),
+        ({"experts": {"baseline": "atm"}}, ValueError, "what rows of one_shot are called"),
+        ({"one_shot": {"head_steps": 2}}, ValueError, "sets head_steps, but a one-shot merge"),
+        ({"one_shot": {"num_rounds": 2}}, ValueError, "a one-shot merge is one round of experts"),
     ],
 )
 def test_bad_members(members, error, message):

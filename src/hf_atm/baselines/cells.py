@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 from ..checkpoint import checkpoints, recover, write_json
 from ..config import ATMConfig
+from ..identity import claim, settings_of, sizes_of
+from ..merge_report import DivergenceError
 from ..trainer import ATMTrainer
 from .joint import JointTrainer
-from .ledger import cost_of, shared_bytes
+from .ledger import cost_of
 from .members import Member
 from .one_shot import OneShotMerges
 from .presets import get_baseline
 
 
-CELL_NAME = "cell.json"
+CELL_NAME, IDENTITY_NAME = "cell.json", "identity.json"
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Suite:
         args ([`ATMConfig`]): settings that hold for every member unless it says otherwise.
         test (`Mapping[str, Dataset]`, *optional*): data by task; scored once, at each run's end.
         trainer_kwargs (`Mapping[str, Any]`, *optional*): what else [`ATMTrainer`] takes.
+        identity (`Mapping[str, Any]`, *optional*): what else tells this model and data from others; kept results of
+            another one are refused.
         prepare (`Callable[[ATMTrainer], None]`, *optional*): done to every trainer before it runs.
     """
 
@@ -43,6 +47,7 @@ class Suite:
     args: ATMConfig
     test: Mapping[str, Any] = field(default_factory=dict)
     trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[ATMTrainer], None] = lambda trainer: None
 
 
@@ -57,23 +62,17 @@ def run_cell(suite: Suite, member: Member, settings: Mapping[str, Any], seed: in
         folder (`Path`): belongs to this cell alone. It ends up holding `cell.json`.
 
     Returns:
-        `dict`: `rows` by name, each with `validation` and `test` scores by task and a `cost`; a `curve` of validation
-        scores by optimizer steps per task; the `settings`.
+        `dict`: `rows` by name, each with `validation` and `test` scores by task and a `cost`, or `failed`, why there are
+        none; a `curve` of validation scores by optimizer steps per task; the `settings` that are not defaults.
 
     Raises:
         ValueError: when the folder holds a result of other settings.
     """
     done = folder / CELL_NAME
-    identity = {"baseline": member.baseline, "settings": dict(settings), "merges": list(member.merges), "seed": seed}
-    if done.is_file():
-        stored = json.loads(done.read_text(encoding="utf-8"))
-        if stored["identity"] != identity:
-            raise ValueError(
-                f"{done} was made with other settings than {member.name!r} has now; delete its folder, or choose "
-                "another output."
-            )
-        return stored
     run_dir = folder / "run"
+    claim(folder / IDENTITY_NAME, identity_of(suite, member, settings, seed))
+    if done.is_file():
+        return json.loads(done.read_text(encoding="utf-8"))
     recover(str(run_dir))
     if member.kind == "one_shot" or not checkpoints(str(run_dir)):
         # Scores of the experts are with the callback alone, so an interrupted one-shot run begins anew.
@@ -83,27 +82,76 @@ def run_cell(suite: Suite, member: Member, settings: Mapping[str, Any], seed: in
     if member.kind == "one_shot":
         merges = OneShotMerges(trainer, member.merges, suite.test)
         trainer.add_callback(merges)
-    started = perf_counter()
-    trainer.train(resume_from_checkpoint=bool(checkpoints(str(run_dir))) or None)
-    cost = cost_of(trainer, isinstance(trainer, JointTrainer), perf_counter() - started)
-    result: dict[str, Any] = {"identity": identity, "rows": {}, "curve": curve_of(trainer)}
-    if merges is not None:
-        cost["communicated_bytes"] = 2 * len(suite.train) * shared_bytes(trainer)
-        for name, row in merges.rows.items():
-            label = name if name == "experts" else f"one-shot {name}"
-            own = {**cost, "searched_examples": row.get("searched", 0)}
-            result["rows"][label] = {**row, "cost": {**own, "communicated_bytes": 0} if name == "experts" else own}
-    else:
-        scores = {part: trainer.quiet_scores(sets) for part, sets in _sets(trainer, suite).items()}
-        result["rows"][member.name] = {**scores, "cost": cost}
+    try:
+        trainer.train(resume_from_checkpoint=bool(checkpoints(str(run_dir))) or None)
+        if merges is not None:
+            rows = _one_shot_rows(member, merges, trainer)
+        else:
+            scores = {part: trainer.quiet_scores(sets) for part, sets in _sets(trainer, suite).items()}
+            rows = {member.name: {**scores, "cost": cost_of(trainer)}}
+    except DivergenceError as error:
+        rows = {member.name: {"failed": str(error), "cost": cost_of(trainer)}}
+    for row in rows.values():
+        _mark_failure(row)
+    result: dict[str, Any] = {"settings": settings_of(trainer.args), "rows": rows, "curve": curve_of(trainer)}
     write_json(done, result)
     shutil.rmtree(run_dir, ignore_errors=True)
     return result
 
 
+def identity_of(suite: Suite, member: Member, settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Everything that decides a cell's result."""
+    return {
+        "baseline": member.baseline,
+        "merges": list(member.merges),
+        "settings": settings_of(_args(suite, settings, seed, suite.args.output_dir)),
+        "suite": suite.identity,
+        "examples": sizes_of(train=suite.train, validation=suite.validation, test=suite.test),
+    }
+
+
+def _args(suite: Suite, settings: Mapping[str, Any], seed: int, output_dir: str) -> ATMConfig:
+    return dataclasses.replace(suite.args, **{**settings, "seed": seed, "output_dir": output_dir})
+
+
+def _one_shot_rows(member: Member, merges: OneShotMerges, trainer: ATMTrainer) -> dict[str, dict[str, Any]]:
+    """The experts, and each method untuned and tuned, with what each of them cost."""
+    # Under its usual name it needs no more; several of them must be told apart.
+    prefix = "" if member.name == "one_shot" else f"{member.name}, "
+    cost, rows = cost_of(trainer), {}
+    for name, row in merges.rows.items():
+        label = "experts" if name == "experts" else f"one-shot {name}"
+        seconds = {
+            **cost["seconds_by_part"],
+            "merging": row["merging"],
+            "searching": row["searching"],
+            "evaluating": 0.0,
+        }
+        rows[f"{prefix}{label}"] = {
+            **{part: row[part] for part in ("validation", "test")},
+            "scale": row.get("scale"),
+            "cost": {
+                **cost,
+                "seconds": sum(seconds.values()),
+                "seconds_by_part": seconds,
+                "communicated_bytes": 0 if name == "experts" else cost["communicated_bytes"],
+                "searched_examples": row["searched"],
+            },
+        }
+    return rows
+
+
+def _mark_failure(row: dict[str, Any]) -> None:
+    """A score that is no number makes a row that counts as failed, rather than one that spoils every mean."""
+    for part in ("validation", "test"):
+        for task, score in row.get(part, {}).items():
+            if not math.isfinite(score):
+                row["failed"] = f"the {part} score of task {task!r} is {score}"
+
+
 def build_trainer(suite: Suite, member: Member, settings: Mapping[str, Any], seed: int, run_dir: Path) -> ATMTrainer:
     """The trainer of one cell."""
-    args = dataclasses.replace(suite.args, **{**settings, "seed": seed, "output_dir": str(run_dir)})
+    args = _args(suite, settings, seed, str(run_dir))
     model = suite.build_model(seed)
     kwargs = dict(suite.trainer_kwargs)
     kind = member.kind
@@ -126,6 +174,8 @@ def build_trainer(suite: Suite, member: Member, settings: Mapping[str, Any], see
         callbacks=callbacks,
         **kwargs,
     )
+    for callback in callbacks:
+        callback.check(trainer.model)
     suite.prepare(trainer)
     return trainer
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_json
-from .cells import Suite, run_cell
+from ..identity import claim, require_one_process
+from .cells import CELL_NAME, IDENTITY_NAME, Suite, build_trainer, identity_of, run_cell
 from .figure import draw
 from .members import Member, check_budgets
 from .summary import markdown_table, summarize
@@ -58,18 +60,42 @@ def compare(
         for key in ("num_rounds", "per_device_train_batch_size", "gradient_accumulation_steps")
     }
     settings = check_budgets(members, list(suite.train), common, steps)
+    require_one_process("A comparison")
+    if suite.trainer_kwargs.get("compute_metrics") is None:
+        raise ValueError("A comparison needs compute_metrics, whose first metric is what methods are compared by.")
     output = Path(output_dir)
+    folders = {
+        (member.name, seed): output / "cells" / _folder_name(member.name) / f"seed-{seed}"
+        for member in members
+        for seed in seeds
+    }
+    for member in members:
+        _check(suite, member, settings[member.name], {seed: folders[member.name, seed] for seed in seeds})
     cells: dict[int, dict[str, Any]] = {}
     for seed in seeds:
         for member in members:
-            folder = output / "cells" / _folder_name(member.name) / f"seed-{seed}"
-            cell = run_cell(suite, member, settings[member.name], seed, folder)
+            cell = run_cell(suite, member, settings[member.name], seed, folders[member.name, seed])
             cells.setdefault(seed, {})[member.name] = cell
             report(_line(member.name, seed, cell))
             # After each cell, so that a long comparison can be looked at while it runs.
             result = _write(output, cells, seeds, steps, sorted(suite.train))
     draw(cells, result["rows"], output / FIGURE_NAME)
     return result
+
+
+def _check(suite: Suite, member: Member, settings: Mapping[str, Any], folders: Mapping[int, Path]) -> None:
+    """Refuse what could not run, or belongs to other settings, before the first member takes hours."""
+    for seed, folder in folders.items():
+        if (folder / IDENTITY_NAME).is_file():
+            claim(folder / IDENTITY_NAME, identity_of(suite, member, settings, seed))
+    missing = [seed for seed, folder in folders.items() if not (folder / CELL_NAME).is_file()]
+    if missing:
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                build_trainer(suite, member, settings, missing[0], Path(scratch))
+            except (ValueError, KeyError) as error:
+                message = error.args[0] if error.args else error
+                raise type(error)(f"compare.members.{member.name}: {message}") from error
 
 
 def _write(
@@ -100,6 +126,9 @@ def _folder_name(name: str) -> str:
 def _line(name: str, seed: int, cell: Mapping[str, Any]) -> str:
     parts = [f"{name}, seed {seed}:"]
     for row, values in cell["rows"].items():
+        if "failed" in values:
+            parts.append(f"failed ({values['failed']})")
+            continue
         scores = values["validation"]
         label = "" if row == name else f"{row} "
         parts.append(f"{label}{sum(scores.values()) / len(scores):.3f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ class JointLoop(ATMLoop):
             self._load(state)
         self.resume_from = None
         self.running = True
+        self._clock, self._evaluating_before = perf_counter(), self.seconds["evaluating"]
 
     def begin_step(self, state: Any, control: Any) -> Any:
         """Nothing but the task's own modules changes between steps."""
@@ -122,6 +124,8 @@ class JointLoop(ATMLoop):
     def end_step(self, state: Any, control: Any) -> Any:
         """Make a round's record."""
         if self.plan.is_round_end(state.global_step):
+            now, evaluating = perf_counter(), self.seconds["evaluating"]
+            self.seconds["tuning"] += now - self._clock - (evaluating - self._evaluating_before)
             position = self.plan.locate(state.global_step - 1)
             self.records.append(
                 {
@@ -136,6 +140,7 @@ class JointLoop(ATMLoop):
                 }
             )
             self.seconds = dict.fromkeys(self.seconds, 0.0)
+            self._clock, self._evaluating_before = now, 0.0
         return control
 
     def end_training(self, state: Any) -> None:
@@ -143,6 +148,13 @@ class JointLoop(ATMLoop):
         self.running = False
         if state.is_world_process_zero:
             self.write_report()
+
+    def attach_metrics(self, state: Any, metrics: Mapping[str, float]) -> bool:
+        """As in a run of ATM; an evaluation is no part of the next round's training."""
+        attached = super().attach_metrics(state, metrics)
+        if attached:
+            self._clock = perf_counter()
+        return attached
 
     def describe(self, logs: dict[str, float], step: int) -> None:
         """Add the round to a training log, whose loss is over all tasks."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import ATMConfig
 from .one_shot import METHODS, check_methods
-from .presets import Baseline, get_baseline
+from .presets import NEUTRAL, Baseline, get_baseline
 
 
 #: Settings that a comparison decides itself.
@@ -39,15 +39,15 @@ class Member:
     def resolve(self, tasks: Sequence[str], steps: int) -> dict[str, Any]:
         """All settings of the member's run: those of its baseline, its own, and its share of the budget."""
         baseline: Baseline = get_baseline(self.baseline)
-        settings = {**baseline.settings(sorted(tasks)), **self.settings}
+        neutral = {} if baseline.inherits else NEUTRAL
+        settings = {**neutral, **baseline.settings(sorted(tasks)), **self.settings}
         if self.kind == "one_shot":
-            # Experts as they are usually made; heads that settle on the merge are a method of their own.
-            return {**settings, "num_rounds": 1, "local_steps": steps, "keep_task_vectors": True, "head_steps": 0}
+            return {**settings, "num_rounds": 1, "local_steps": steps, "keep_task_vectors": True}
         return settings
 
 
-def parse_members(members: Mapping[str, Any]) -> list[Member]:
-    """Members from a mapping of names to settings, as a YAML file has them.
+def parse_members(members: Any) -> list[Member]:
+    """Members from a mapping of names to settings, or a list of names, as a YAML file has them.
 
     A member's settings may be empty; `baseline` names its method where the name does not.
 
@@ -55,30 +55,40 @@ def parse_members(members: Mapping[str, Any]) -> list[Member]:
         KeyError: for an unknown baseline or merge.
         ValueError: for an unknown or reserved setting, or no member.
     """
+    if isinstance(members, Sequence) and not isinstance(members, str):
+        members = dict.fromkeys(members)
     if not isinstance(members, Mapping) or not members:
         raise ValueError("compare.members must name at least one method, such as {joint: {}, atm: {}}.")
     known = {f.name for f in fields(ATMConfig) if f.init}
     result = []
     for name, given in members.items():
+        where = f"compare.members.{name}"
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(f"{where} must hold settings, not {given!r}; leave it empty, or write {where}: {{}}.")
+        if str(name) == "experts" or str(name).startswith("one-shot "):
+            raise ValueError(f"{where}: that is what rows of one_shot are called; choose another name.")
         settings = dict(given or {})
         baseline = str(settings.pop("baseline", name))
         merges = settings.pop("merges", None)
         if get_baseline(baseline).kind == "one_shot":
-            for key in ("num_rounds", "local_steps"):
+            for key in ("num_rounds", "local_steps", "head_steps"):
                 if key in settings:
-                    raise ValueError(
-                        f"compare.members.{name} sets {key}, but a one-shot merge has one round; remove it."
-                    )
+                    raise ValueError(f"{where} sets {key}, but a one-shot merge is one round of experts; remove it.")
+            merges = [merges] if isinstance(merges, str) else merges
+            if merges is not None and not (isinstance(merges, Sequence) and all(isinstance(m, str) for m in merges)):
+                raise ValueError(f"{where}.merges must be a list of names, not {merges!r}.")
             merges = check_methods(merges or Member.merges)
         elif merges is not None:
-            raise ValueError(
-                f"compare.members.{name} sets merges ({', '.join(METHODS)}), which are for one_shot only."
-            )
+            raise ValueError(f"{where} sets merges ({', '.join(METHODS)}), which are for one_shot only.")
+        for key in ("num_rounds", "local_steps"):
+            value = settings.get(key, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{where}.{key} is {value!r}; it must be a whole number of at least 1.")
         for key in settings:
             if key in _RESERVED:
-                raise ValueError(f"compare.members.{name} sets {key}, which the comparison decides; remove it.")
+                raise ValueError(f"{where} sets {key}, which the comparison decides; remove it.")
             if key not in known:
-                raise ValueError(f"compare.members.{name} has the unknown setting {key!r}; use fields of ATMConfig.")
+                raise ValueError(f"{where} has the unknown setting {key!r}; use fields of ATMConfig.")
         result.append(Member(str(name), baseline, settings, tuple(merges or ())))
     return result
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from ..callbacks import ATMCallback
@@ -67,46 +69,67 @@ class OneShotMerges(ATMCallback):
 
     Attributes:
         rows (`dict[str, dict]`): per row (`experts`, `<method> untuned`, `<method> tuned`) scores by task under
-            `validation` and `test`, `scale`, and `searched`, the examples evaluated to choose the scale.
+            `validation` and `test`, `scale`, and what it cost beside the experts: `searched`, the examples evaluated to
+            choose the scale, and seconds of `merging` and `searching`.
     """
 
     def __init__(self, trainer: Any, methods: Sequence[str], test_sets: Mapping[str, Any] | None = None) -> None:
         self.trainer = trainer
         self.methods = check_methods(methods)
         self.sets = {"validation": trainer.eval_dataset, "test": dict(test_sets or {})}
-        self.rows: dict[str, dict[str, Any]] = {"experts": {"validation": {}, "test": {}}}
+        self.rows: dict[str, dict[str, Any]] = {
+            "experts": {"validation": {}, "test": {}, "searched": 0, "merging": 0.0, "searching": 0.0}
+        }
 
     def _scores(self, part: str, tasks: Sequence[str]) -> dict[str, float]:
         sets = {task: self.sets[part][task] for task in tasks if task in self.sets[part]}
         return self.trainer.quiet_scores(sets)
 
     def on_task_end(self, args, state, control, *, round, task, **kwargs):
+        seconds, started = self.trainer.atm.seconds, perf_counter()
+        evaluating = seconds["evaluating"]
         for part in self.sets:
             self.rows["experts"][part] |= self._scores(part, [task])
         if task == self.trainer.atm.plan.tasks[-1]:
             self._merge_all()
+        # All this is in the rows' own books, and no part of the round.
+        seconds["evaluating"] = evaluating
+        seconds["merging"] -= perf_counter() - started
 
     def _merge_all(self) -> None:
         rounds = self.trainer.atm.rounds
-        live, tasks = rounds.space.snapshot(), rounds.tasks
-        vectors = [rounds.vectors[task] for task in tasks]
-        norms = [rounds.norms[task] for task in tasks]
-        examples = sum(len(self.sets["validation"][task]) for task in tasks)
+        live = rounds.space.snapshot()
+        statistics = {name: buffer.clone() for name, buffer in rounds.statistics.items()}
+        if rounds.statistics:
+            rounds.pool_statistics()
         for name in self.methods:
-            method = METHODS[name]
-            move = merge_task_vectors(vectors, method.method, names=tasks, **method.kwargs)
-            unit = norm_scale(norms, euclidean_norm(move))
-            averages: dict[float, float] = {}
-            for scale in (method.scale, *(unit * factor for factor in SCALES)):
-                with rounds.space.probe(rounds.base, move, scale):
-                    scores = self._scores("validation", tasks)
-                averages[scale] = sum(scores.values()) / len(scores)
-            best = max(averages, key=lambda scale: averages[scale])
-            for label, scale, searched in (
-                ("untuned", method.scale, 0),
-                ("tuned", best, len(averages) * examples),
-            ):
-                with rounds.space.probe(rounds.base, move, scale):
-                    row = {part: self._scores(part, tasks) for part in self.sets}
-                self.rows[f"{name} {label}"] = {**row, "scale": scale, "searched": searched}
+            self._merge(METHODS[name], name)
         rounds.space.restore(live)
+        for name, buffer in rounds.statistics.items():
+            buffer.copy_(statistics[name])
+
+    def _merge(self, method: OneShotMethod, name: str) -> None:
+        rounds = self.trainer.atm.rounds
+        tasks = rounds.tasks
+        started = perf_counter()
+        vectors = [rounds.vectors[task] for task in tasks]
+        move = merge_task_vectors(vectors, method.method, names=tasks, **method.kwargs)
+        unit = norm_scale([rounds.norms[task] for task in tasks], euclidean_norm(move))
+        merging, started = perf_counter() - started, perf_counter()
+        averages: dict[float, float] = {}
+        for scale in (method.scale, *(unit * factor for factor in SCALES)):
+            with rounds.space.probe(rounds.base, move, scale):
+                scores = self._scores("validation", tasks)
+            average = sum(scores.values()) / len(scores)
+            averages[scale] = average if math.isfinite(average) else -math.inf
+        best = max(averages, key=lambda scale: averages[scale])
+        searching = perf_counter() - started
+        examples = sum(len(self.sets["validation"][task]) for task in tasks)
+        for label, scale, searched, seconds in (
+            ("untuned", method.scale, 0, 0.0),
+            ("tuned", best, len(averages) * examples, searching),
+        ):
+            with rounds.space.probe(rounds.base, move, scale):
+                row: dict[str, Any] = {part: self._scores(part, tasks) for part in self.sets}
+            costs = {"searched": searched, "merging": merging, "searching": seconds}
+            self.rows[f"{name} {label}"] = {**row, "scale": scale, **costs}

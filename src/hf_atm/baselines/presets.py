@@ -7,8 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..callbacks import ATMCallback
-from ..parameters import base_model
 from ..seeding import derive_seed
+
+
+class FreshHeads(ATMCallback):
+    """Every round begins with new heads, so that nothing but the shared weights goes from round to round."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def check(self, model: Any) -> None:
+        """Refuse a model whose heads cannot be made anew.
+
+        Raises:
+            ValueError: naming what is needed.
+        """
+        if not hasattr(model, "reset_head"):
+            raise ValueError("cold_fusion makes new heads, and needs a MultiTaskModel without an adapter.")
+
+    def on_round_begin(self, args, state, control, *, round, model=None, **kwargs):
+        for task in model.heads:
+            model.reset_head(task, derive_seed(self.seed, "fresh head", round))
 
 
 @dataclass(frozen=True)
@@ -19,30 +38,36 @@ class Baseline:
         kind (`str`): `"atm"`, `"joint"`, `"joint_proportional"`, `"heads"` (joint training of the heads over a frozen
             backbone) or `"one_shot"` (one round as long as the whole run, merged by several methods).
         summary (`str`): what it is and where it comes from.
-        settings (`Callable[[Sequence[str]], dict]`): fields of [`ATMConfig`], given the tasks.
+        settings (`Callable[[Sequence[str]], dict]`): fields of [`ATMConfig`] beyond `NEUTRAL`, given the tasks.
+        inherits (`bool`): whether the method is what the common settings make it, and not what `NEUTRAL` does.
         callbacks (`Callable[[int], list]`): callbacks of the run, given its seed.
     """
 
     kind: str
     summary: str
     settings: Callable[[Sequence[str]], dict[str, Any]] = lambda tasks: {}
-    callbacks: Callable[[int], list[ATMCallback]] = lambda seed: []
+    callbacks: Callable[[int], list[FreshHeads]] = lambda seed: []
+    inherits: bool = False
 
 
-class FreshHeads(ATMCallback):
-    """Every round begins with new heads, so that nothing but the shared weights goes from round to round."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_round_begin(self, args, state, control, *, round, model=None, **kwargs):
-        inner: Any = base_model(model)
-        if not hasattr(inner, "reset_head") or inner is not model:
-            raise ValueError("Fresh heads need a MultiTaskModel without an adapter.")
-        for task in inner.heads:
-            inner.reset_head(task, derive_seed(self.seed, "fresh head", round))
-
-
+# A named method is what its paper says, whatever else the file's settings are for ATM.
+NEUTRAL: Mapping[str, Any] = {
+    "merge_method": "mean",
+    "merge_kwargs": {},
+    "moment_exponent": 0.0,
+    "head_steps": 0,
+    "head_learning_rate_ratio": 1.0,
+    "outer_learning_rate": 1.0,
+    "outer_momentum": 0.0,
+    "outer_nesterov": True,
+    "task_weights": "uniform",
+    "loss_gap_temperature": 1.0,
+    "task_vector_surgery": None,
+    "task_vector_origin": "round",
+    "max_task_vector_norm": None,
+    "optimizer_policy": "reset",
+    "lr_schedule_scope": "segment",
+}
 _WHOLE_STATE = {"optimizer_policy": "per_task", "lr_schedule_scope": "run"}
 
 # Found on validation data of the benchmark's suites; see docs/results.md.
@@ -67,7 +92,7 @@ BASELINES: Mapping[str, Baseline] = {
     "joint_proportional": Baseline(
         "joint_proportional", "Joint multi-task training, tasks sampled in proportion to their sizes."
     ),
-    "atm": Baseline("atm", "ATM as the settings have it (https://huggingface.co/papers/2411.03055)."),
+    "atm": Baseline("atm", "ATM as the settings have it (https://huggingface.co/papers/2411.03055).", inherits=True),
     "recommended": Baseline(
         "atm",
         "The settings recommended in docs/choosing.md for full weights.",

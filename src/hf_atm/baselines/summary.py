@@ -29,7 +29,7 @@ def summarize(cells: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str,
         cells (`Mapping[int, Mapping[str, Mapping]]`): results of [`run_cell`] by seed and member.
 
     Returns:
-        `dict[str, dict]`: by row name, `seeds`; for `validation` and `test`, `average`, `worst` and (with experts)
+        `dict[str, dict]`: by row name, `seeds` and, by seed, why others `failed`; for `validation` and `test`, `average`, `worst` and (with experts)
         `normalized` as mean and standard deviation, and `tasks`, each task's mean; `cost`, averaged over seeds.
     """
     rows: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -37,12 +37,16 @@ def summarize(cells: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str,
         for cell in members.values():
             for name, row in cell["rows"].items():
                 rows.setdefault(name, {})[seed] = row
-    experts = rows.get("experts", {})
+    reference = next((name for name in rows if name == "experts" or name.endswith(", experts")), "experts")
+    experts = {seed: row for seed, row in rows.get(reference, {}).items() if "failed" not in row}
     return {name: _row(by_seed, experts) for name, by_seed in rows.items()}
 
 
 def _row(by_seed: Mapping[int, Mapping[str, Any]], experts: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {"seeds": sorted(by_seed)}
+    costs = [row["cost"] for row in by_seed.values()]
+    failed = {seed: row["failed"] for seed, row in by_seed.items() if "failed" in row}
+    by_seed = {seed: row for seed, row in by_seed.items() if seed not in failed}
+    result: dict[str, Any] = {"seeds": sorted(by_seed), "failed": failed}
     for part in ("validation", "test"):
         scores = [row[part] for row in by_seed.values() if row.get(part)]
         if not scores:
@@ -60,7 +64,6 @@ def _row(by_seed: Mapping[int, Mapping[str, Any]], experts: Mapping[int, Mapping
         known = [ratio for ratio in ratios if ratio is not None]
         if known:
             result[part]["normalized"] = spread(known)
-    costs = [row["cost"] for row in by_seed.values()]
     result["cost"] = {
         name: statistics.fmean(cost[name] for cost in costs)
         for name in ("optimizer_steps", "examples", "seconds", "communicated_bytes", "searched_examples")
@@ -91,7 +94,8 @@ def markdown_table(rows: Mapping[str, Mapping[str, Any]], part: str) -> str:
             f"{cost['searched_examples']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    failures = [f"{name}, seed {seed}: {why}" for name, row in rows.items() for seed, why in row["failed"].items()]
+    return "\n".join([*lines, *(f"\nFailed: {line}" for line in failures)])
 
 
 def _cell(figure: Mapping[str, float] | None) -> str:

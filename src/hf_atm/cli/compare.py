@@ -11,7 +11,7 @@ from ..baselines.compare import FIGURE_NAME, RESULT_NAME, TABLE_NAME
 from ..baselines.compare import compare as run_comparison
 from ..baselines.members import Member, parse_members
 from .console import calm_libraries, calm_trainer
-from .experiment import Experiment, parse_settings, read_experiment
+from .experiment import Experiment, as_mapping, parse_settings, read_experiment
 from .workbench import Workbench, build_model, build_workbench
 
 
@@ -35,19 +35,19 @@ def compare(
     """
     experiment = read_experiment(config, overrides)
     members = choose_members(experiment, names)
-    seeds = seeds or experiment.compare.get("seeds") or [experiment.args.seed]
-    steps = steps or experiment.compare.get("steps") or _default_steps(experiment)
-    for key, value in (("compare.seeds", seeds), ("compare.steps", [steps])):
-        if not isinstance(value, Sequence) or any(isinstance(v, bool) or not isinstance(v, int) for v in value):
-            raise ValueError(f"{key} must be whole numbers, not {value!r}.")
+    seeds = _whole_numbers("compare.seeds", seeds, experiment.compare.get("seeds", experiment.args.seed))
+    given = experiment.compare.get("steps")
+    (steps,) = _whole_numbers("compare.steps", steps, _default_steps(experiment) if given is None else given)
+    if steps < 1:
+        raise ValueError(f"compare.steps is {steps}; it must be at least 1.")
     for task in experiment.tasks.values():
         if task.train_split is None or task.eval_split is None:
             raise ValueError(f"task {task.name!r} needs train_split and eval_split for a comparison.")
     calm_libraries()
     experiment.args.disable_tqdm = quiet
-    suite = build_suite(experiment, build_workbench(experiment))
+    suite = build_suite(experiment, build_workbench(experiment, with_model=False))
     output = Path(experiment.args.output_dir)
-    run_comparison(suite, members, list(seeds), steps, output, report=lambda line: print(line, flush=True))
+    run_comparison(suite, members, seeds, steps, output, report=lambda line: print(line, flush=True))
     print("\n" + (output / TABLE_NAME).read_text(encoding="utf-8"))
     print(f"{output / TABLE_NAME}, {output / FIGURE_NAME}, {output / RESULT_NAME}")
     return 0
@@ -56,6 +56,8 @@ def compare(
 def choose_members(experiment: Experiment, names: Sequence[str] | None) -> list[Member]:
     """The members of a file, or those of them that `names` lists, their settings read as the command line would."""
     raw = experiment.compare.get("members") or {}
+    if isinstance(raw, list):
+        raw = dict.fromkeys(map(str, raw))
     if not isinstance(raw, Mapping) or not raw:
         raise ValueError("the config has no compare.members; name at least one, such as {joint: {}, atm: {}}")
     unknown = [name for name in names or () if name not in raw]
@@ -64,7 +66,7 @@ def choose_members(experiment: Experiment, names: Sequence[str] | None) -> list[
     own = ("baseline", "merges")
     members: dict[str, Any] = {}
     for name in names or raw:
-        given = dict(raw[name] or {})
+        given = dict(as_mapping(f"compare.members.{name}", raw[name] or {}))
         kept = {key: given.pop(key) for key in own if key in given}
         members[name] = {**kept, **parse_settings(given, where=f"compare.members.{name}")}
     return parse_members(members)
@@ -87,8 +89,18 @@ def build_suite(experiment: Experiment, bench: Workbench) -> Suite:
         test=bench.split("test"),
         args=args,
         trainer_kwargs={**bench.trainer_kwargs, "processing_class": bench.processing_class},
+        identity=experiment.identity,
         prepare=prepare,
     )
+
+
+def _whole_numbers(key: str, given: Any, otherwise: Any) -> list[int]:
+    """What the command line gave, or else what the file says: one whole number or several."""
+    value = otherwise if given is None else given
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise ValueError(f"{key} must be whole numbers, not {value!r}.")
+    return values
 
 
 def _default_steps(experiment: Experiment) -> int:

@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ class Experiment:
     compare: dict[str, Any] = field(default_factory=dict)
     schedule: list[list[str]] = field(default_factory=list)
     continual: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this model and these tasks from others; settings of the run not included."""
+        return {"model": self.model, "tasks": {name: asdict(task) for name, task in self.tasks.items()}}
 
 
 def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Experiment:

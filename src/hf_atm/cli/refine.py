@@ -55,8 +55,8 @@ def refine(
         args.disable_tqdm, args.round_table = True, False
     calm_libraries()
     loaded = load_model(model, causal_lm="causal_lm" in experiment.model, headless=True)
-    bench = build_workbench(experiment, loaded)
-    _fit_heads(bench, model, sources)
+    bench = build_workbench(experiment, loaded, adapt=True)
+    _fit_heads(bench, model, sources, experiment.model.get("pooling"))
     whole = bench.split("eval")
     if data == "validation":
         tune, choose = split_for_refining(whole, share, holdout, args.seed)
@@ -94,7 +94,7 @@ def _parse_heads(heads: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def _fit_heads(bench: Workbench, name: str, sources: dict[str, str]) -> None:
+def _fit_heads(bench: Workbench, name: str, sources: dict[str, str], pooling: str | None) -> None:
     """Puts heads where the merged model has none, and stock heads where they are asked for."""
     model = bench.model
     heads = {task: data.head for task, data in bench.tasks.items()}
@@ -103,7 +103,7 @@ def _fit_heads(bench: Workbench, name: str, sources: dict[str, str]) -> None:
             if sources:
                 raise ValueError(f"model {name!r} takes no heads")
             return
-        bench.model = model = MultiTaskModel.from_backbone(model, tasks=heads)
+        bench.model = model = MultiTaskModel.from_backbone(model, tasks=heads, pooling=pooling)
     missing = [task for task in heads if task not in model.heads]
     if missing:
         raise KeyError(f"model {name!r} has no task {missing[0]!r}; its tasks are {', '.join(model.heads)}")

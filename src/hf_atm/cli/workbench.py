@@ -25,12 +25,16 @@ class Workbench:
         return {name: task.splits[part] for name, task in self.tasks.items() if part in task.splits}
 
 
-def build_workbench(experiment: Experiment, model: Any = None) -> Workbench:
+def build_workbench(
+    experiment: Experiment, model: Any = None, with_model: bool = True, adapt: bool = False
+) -> Workbench:
     """Loads data, model and processor.
 
     Args:
         experiment (`Experiment`): A checked experiment.
         model (`PreTrainedModel`, *optional*): Use this one, saved with its processor, rather than the experiment's.
+        with_model (`bool`, *optional*, defaults to `True`): `False` loads data and processor alone.
+        adapt (`bool`, *optional*, defaults to `False`): Put the experiment's adapter on a given model too.
 
     Returns:
         `Workbench`: its `trainer_kwargs` hold collator, metrics and PEFT configuration.
@@ -43,7 +47,7 @@ def build_workbench(experiment: Experiment, model: Any = None) -> Workbench:
     if source is not None:
         check_model(source)
     kwargs: dict[str, Any] = {}
-    if spec.get("peft") and model is None:
+    if spec.get("peft") and (model is None or adapt):
         kwargs["peft_config"] = build_peft_config(spec["peft"], causal_lm)
     tasks = {name: load_task(task, experiment.args.seed, causal_lm) for name, task in experiment.tasks.items()}
     kinds = {task.kind for task in tasks.values()}
@@ -70,7 +74,7 @@ def build_workbench(experiment: Experiment, model: Any = None) -> Workbench:
         kwargs["preprocess_logits_for_metrics"] = preprocess_causal_lm_logits
     else:
         kwargs["compute_metrics"] = {name: task.compute_metrics for name, task in tasks.items()}
-    if model is None:
+    if model is None and with_model:
         model = build_model(spec, tasks)
     return Workbench(model, tasks, processor, kwargs)
 
