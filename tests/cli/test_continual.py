@@ -138,6 +138,13 @@ def test_language_models_and_adapters(scheduled, decoder, tmp_path):
     [
         ({"schedule": [["tone"]]}, "schedule leaves out again, likeness"),
         ({"continual": {"reply": 1}}, "continual has the unknown key 'reply'"),
+        ({"settings": {"task_weights": {"tone": 1.0}}}, "task_weights must name exactly the tasks"),
+        (
+            {"settings": {"local_steps": None}, "continual": {"replay": 3}},
+            "has 3 examples x local_epochs=1 = 3, less than",
+        ),
+        ({"settings": {"full_batch": True, "local_steps": None}}, "full_batch needs data sets of equal size"),
+        ({"schedule": [{"a": "b"}]}, "stage 1 of schedule must be a task's name or a list"),
         ({"continual": {"replay": 33}}, "replay=33 is more than the 32 examples of task"),
     ],
 )
@@ -153,4 +160,72 @@ def test_settings_without_a_schedule(config, capsys):
 def test_a_finished_schedule_with_other_settings(scheduled, tmp_path, capsys):
     assert main(["train", str(scheduled({"replay": 0.5}))]) == 0
     capsys.readouterr()
-    fails(["train", scheduled({"replay": 0.25})], capsys, "belongs to another schedule or other settings")
+    fails(["train", scheduled({"replay": 0.25})], capsys, "made with other settings (continual.replay: 0.5 -> 0.25)")
+    path = scheduled({"replay": 0.5})
+    fails(["train", path, "--learning_rate", "0.5"], capsys, "settings.learning_rate: 0.001 -> 0.5")
+    # References are tuned apart, and may be asked for later.
+    assert main(["train", str(scheduled({"replay": 0.5, "references": True}))]) == 0
+    assert set(result(tmp_path)["references"]["validation"]) == {"likeness", "again"}
+
+
+def test_a_stage_goes_on_from_its_checkpoint(scheduled, tmp_path, monkeypatch):
+    from hf_atm import ATMTrainer
+
+    path = scheduled({"replay": 0.5}, settings={"save_strategy": "epoch"})
+    assert main(["train", str(path)]) == 0
+    wanted = load_file(tmp_path / "run" / "stage-2" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run")
+    starts, save, train = [], ATMTrainer._save_checkpoint, ATMTrainer.train
+
+    def interrupted(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if "stage-2" in self.args.output_dir:
+            raise KeyboardInterrupt
+
+    def watched(self, resume_from_checkpoint=None, *args, **kwargs):
+        starts.append(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(ATMTrainer, "_save_checkpoint", interrupted)
+    assert main(["train", str(path)]) == 130
+    monkeypatch.setattr(ATMTrainer, "_save_checkpoint", save)
+    monkeypatch.setattr(ATMTrainer, "train", watched)
+    assert main(["train", str(path)]) == 0
+    assert starts == [True]
+    again = load_file(tmp_path / "run" / "stage-2" / "model.safetensors")
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_weights_by_task_go_along_with_the_stages(scheduled, tmp_path):
+    weights = {"tone": 1.0, "likeness": 2.0, "again": 0.5}
+    assert main(["train", str(scheduled(settings={"task_weights": weights}))]) == 0
+    assert result(tmp_path)["stages"][1]["rounds"][0]["weights"] == weights
+
+
+def test_only_some_tasks_have_a_test_split(scheduled, tmp_path):
+    path = scheduled()
+    path.write_text(path.read_text().replace("test_split: test", "test_split: null", 1))
+    assert main(["train", str(path)]) == 0
+    assert len(result(tmp_path)["stages"][1]["test"]) == 2
+
+
+def test_references_with_an_adapter_start_from_the_start(scheduled, tmp_path):
+    path = scheduled({"replay": 0.5, "references": True}, model={"backbone": "encoder", "peft": {"r": 2}})
+    assert main(["train", str(path)]) == 0
+    wanted = result(tmp_path)["references"]
+    shutil.rmtree(tmp_path / "run" / "references")
+    # Now stage 1 is read from disk, and nothing has touched the model in memory.
+    assert main(["train", str(path)]) == 0
+    assert result(tmp_path)["references"] == wanted
+
+
+def test_new_tasks_of_opcm_start_with_the_private_modules_of_the_start(scheduled, encoder, tmp_path):
+    settings = {"task_specific_modules": ["LayerNorm"], "learning_rate": "1e-12"}
+    assert main(["train", str(scheduled({"method": "opcm"}, settings=settings))]) == 0
+    last = load_file(tmp_path / "run" / "stage-2" / "model.safetensors")
+    copies = [name for name in last if name.startswith("task_specific.again.")]
+    start = load_file(encoder / "model.safetensors")
+    for name in copies:
+        plain = name.removeprefix("task_specific.again.").replace("/", ".")
+        assert torch.allclose(last[name], start[plain], atol=1e-6)
+    assert copies

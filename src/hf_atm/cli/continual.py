@@ -24,7 +24,7 @@ def train_in_stages(experiment: Experiment, quiet: bool = False) -> int:
         if task.train_split is None or task.eval_split is None:
             raise ValueError(f"task {task.name!r} needs train_split and eval_split for a schedule.")
     args.round_table = False
-    bench = build_workbench(experiment)
+    bench = build_workbench(experiment, with_model=False)
     suite = build_suite(experiment, bench)
     rows: dict[str, dict[str, float]] = {}
 
@@ -54,6 +54,7 @@ def build_suite(experiment: Experiment, bench: Workbench) -> ContinualSuite:
         test=bench.split("test"),
         args=experiment.args,
         trainer_kwargs={**bench.trainer_kwargs, "processing_class": bench.processing_class},
+        identity=experiment.identity,
         prepare=calm_trainer,
     )
 

@@ -6,7 +6,8 @@ from .archive import TaskVectorArchive
 from .consolidation import Consolidation, ElasticWeightConsolidation
 from .replay import replay_sample
 from .settings import ContinualSettings, check_stages
-from .stages import ContinualRun, ContinualSuite, Stage, run_stages
+from .stages import ContinualRun, Stage, run_stages
+from .suite import ContinualSuite
 from .transfer import Transfer, transfer
 
 

@@ -29,20 +29,6 @@ class Consolidation:
         total = {name: value + self.importance.get(name, 0) for name, value in importance.items()}
         return Consolidation(total, anchor)
 
-    def penalty(self, parameters: Mapping[str, Tensor]) -> float:
-        """`sum_i F_i (theta_i - theta*_i)**2 / 2`, accumulated in float64."""
-        return (
-            sum(
-                float(
-                    (
-                        value.double() * (parameters[name].detach().cpu().double() - self.anchor[name].double()) ** 2
-                    ).sum()
-                )
-                for name, value in self.importance.items()
-            )
-            / 2
-        )
-
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
         tensors = {f"importance/{name}": tensor.contiguous() for name, tensor in self.importance.items()}
@@ -60,7 +46,7 @@ class Consolidation:
 
 
 class ElasticWeightConsolidation(TrainerCallback):
-    """Adds the gradient of `strength` x the penalty before every optimizer step (https://huggingface.co/papers/1612.00796).
+    """Adds the gradient of `strength * sum_i F_i (theta_i - theta*_i)**2 / 2` before every optimizer step (https://huggingface.co/papers/1612.00796).
 
     The gradient is added after clipping, so the pull back does not depend on how steep the new task is.
 

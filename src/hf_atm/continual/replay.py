@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ def replay_size(task: str, num_examples: int, replay: int | float) -> int:
     Raises:
         ValueError: when it is negative, no number, or more than there are.
     """
-    if isinstance(replay, bool) or not isinstance(replay, (int, float)) or not replay >= 0:
+    if isinstance(replay, bool) or not isinstance(replay, (int, float)) or not (replay >= 0 and math.isfinite(replay)):
         raise ValueError(f"replay is {replay!r}; give a number of examples, or a fraction between 0 and 1.")
     if isinstance(replay, float) and replay != int(replay) and replay > 1:
         raise ValueError(f"replay is {replay!r}; give a whole number of examples, or a fraction between 0 and 1.")

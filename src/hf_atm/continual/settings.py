@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -51,11 +52,14 @@ class ContinualSettings:
             raise ValueError(f"continual.method is {self.method!r}; choose one of {', '.join(METHODS)}.")
         # Sizes are checked once the data are known.
         replay_size("", sys.maxsize, self.replay)
-        if not self.ewc >= 0:
-            raise ValueError(f"continual.ewc is {self.ewc!r}; it must be at least 0.")
+        if not isinstance(self.ewc, (int, float)) or not (self.ewc >= 0 and math.isfinite(self.ewc)):
+            raise ValueError(f"continual.ewc is {self.ewc!r}; it must be a number from 0.")
+        if not isinstance(self.references, bool):
+            raise ValueError(f"continual.references is {self.references!r}; it must be true or false.")
         if not isinstance(self.fisher_examples, int) or self.fisher_examples < 1:
             raise ValueError(f"continual.fisher_examples is {self.fisher_examples!r}; it must be at least 1.")
-        if self.compression is not None and not 0 < self.compression < 1:
+        ratio = self.compression
+        if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio < 1):
             raise ValueError(f"continual.compression is {self.compression!r}; it must lie in (0, 1), or be null.")
         if self.method == "opcm" and self.ewc:
             raise ValueError(f"continual.ewc={self.ewc} is for method 'atm'; OPCM tunes every task from the start.")
@@ -74,7 +78,15 @@ class ContinualSettings:
         for key in values:
             if key not in known:
                 raise ValueError(f"continual has the unknown key {key!r}; known: {', '.join(known)}.")
-        return cls(**values)
+        # YAML takes 1e-3 for text.
+        return cls(**{key: _number(value) if key in ("replay", "ewc") else value for key, value in values.items()})
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def check_stages(stages: Any, tasks: Sequence[str]) -> list[list[str]]:
@@ -89,7 +101,12 @@ def check_stages(stages: Any, tasks: Sequence[str]) -> list[list[str]]:
     """
     if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
         raise ValueError(f"schedule must be a list of stages, each one or more task names, not {stages!r}.")
-    result = [[stage] if isinstance(stage, str) else list(stage or ()) for stage in stages]
+    result = []
+    for number, stage in enumerate(stages, start=1):
+        names = [stage] if isinstance(stage, str) else stage or []
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"stage {number} of schedule must be a task's name or a list of names, not {stage!r}.")
+        result.append(list(names))
     named = [task for stage in result for task in stage]
     missing, unknown = sorted(set(tasks) - set(named)), sorted(set(named) - set(tasks))
     repeated = sorted({task for task in named if named.count(task) > 1})

@@ -45,6 +45,8 @@ def transfer(
     """
     last = scores[-1]
     arrival = {task: index for index, tasks in enumerate(stages[: len(scores)]) for task in tasks}
+    # A task that some rows lack (no test split, for instance) has no history.
+    arrival = {task: index for task, index in arrival.items() if all(task in row for row in scores[index:])}
     earlier = [task for task, index in arrival.items() if index < len(scores) - 1]
     later = [task for task, index in arrival.items() if index > 0 and task in (references or {})]
     best = {task: max(row[task] for row in scores[arrival[task] :]) for task in earlier}
