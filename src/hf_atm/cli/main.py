@@ -22,7 +22,9 @@ stock model per task in the output directory. Every field of ATMConfig, and so o
 follow the file and replaces what the file says:
 
     hf-atm train examples/configs/glue_local.yaml --num_rounds 3 --learning_rate 1e-4 --output_dir runs/short
-    hf-atm train examples/configs/glue_local.yaml --resume_from_checkpoint true"""
+    hf-atm train examples/configs/glue_local.yaml --resume_from_checkpoint true
+
+With a schedule in the file, tasks arrive in stages; each stage leaves a model of all tasks so far."""
 
 
 _COMPARE_HELP = """\
