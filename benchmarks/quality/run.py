@@ -10,10 +10,13 @@ Interrupt it at will: finished runs are kept, and the same command goes on. Ever
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 
+# As the command itself has it, before transformers is imported.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import squeezenet  # noqa: F401  (registers the backbone of the vision suite)
