@@ -26,7 +26,7 @@ from hf_atm.cli.main import main
 
 
 HERE = Path(__file__).parent
-MERGES = {"ties": {"density": 0.2}, "tsv_m": {}}
+MERGES = {"ties": {"density": 0.2}, "tsv_m": {"flatten_conv": True}}
 STEPS = 200
 LEARNING_RATES = {"text": ("2e-4", "2e-4"), "vision": ("5e-4", "3e-4")}
 
@@ -53,7 +53,7 @@ def refine(suite: str, method: str, seed: int, rounds: int, steps: int, share: f
         settings = ["--num_rounds", str(rounds), "--local_steps", str(steps), "--learning_rate", rate]
         settings += ["--outer_learning_rate", "norm", "--moment_exponent", "1.0", "--head_steps", "0.25"]
         settings += ["--lr_scheduler_type", "linear", "--lr_schedule_scope", "run"]
-        settings += ["--optimizer_policy", "per_task_second_moment", "--seed", str(seed)]
+        settings += ["--optimizer_policy", "per_task", "--seed", str(seed)]
         command = ["refine", str(merged), config, "--data", "train", "--share", str(share)]
         run([*command, "--output_dir", str(refined), *settings])
     before = json.loads((merged / "test_metrics.json").read_text())

@@ -4,6 +4,7 @@
     python benchmarks/quality/run.py vision --rounds 3       # 3 rounds of 20 steps: joint, plain mean, recommended
     python benchmarks/quality/run.py vision --members joint recommended --seeds 0
 
+The text suites run under bfloat16 autocast, all members alike, which nearly halves their time.
 Interrupt it at will: finished runs are kept, and the same command goes on. Everything after `--` goes to hf-atm compare.
 """
 
@@ -43,6 +44,9 @@ if __name__ == "__main__":
     arguments = ["compare", str(HERE / f"{options.suite}.yaml"), "--seeds", *map(str, options.seeds)]
     arguments += ["--steps", str(options.rounds * STEPS_PER_ROUND), "--num_rounds", str(options.rounds)]
     arguments += ["--output_dir", options.output or f"runs/quality/{options.suite}-{options.rounds}"]
+    if options.suite.startswith("text"):
+        # The Trainer takes bfloat16 on a processor only when told that it is one.
+        arguments += ["--bf16", "true", "--use_cpu", str(not torch.accelerator.is_available()).lower()]
     if members:
         arguments += ["--members", *members]
     sys.exit(main([*arguments, "--quiet", *(argument for argument in rest if argument != "--")]))

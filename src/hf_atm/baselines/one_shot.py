@@ -39,8 +39,9 @@ METHODS: Mapping[str, OneShotMethod] = {
     "dare": OneShotMethod("dare", {"density": 0.1}, 1.0),
     "breadcrumbs": OneShotMethod("breadcrumbs", {"density": 0.1, "gamma": 0.01}, 1.0),
     "consensus": OneShotMethod("consensus", {}, 0.3),
-    "tsv_m": OneShotMethod("tsv_m", {}, 1.0),
-    "iso_c": OneShotMethod("iso_c", {}, 1.0),
+    # A convolutional net is all kernels, on which these methods would otherwise be the mean.
+    "tsv_m": OneShotMethod("tsv_m", {"flatten_conv": True}, 1.0),
+    "iso_c": OneShotMethod("iso_c", {"flatten_conv": True}, 1.0),
 }
 
 

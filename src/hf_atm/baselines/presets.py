@@ -76,7 +76,7 @@ _RECOMMENDED = {
     "outer_learning_rate": "norm",
     "head_steps": 0.2,
     "head_learning_rate_ratio": 10.0,
-    "optimizer_policy": "per_task_second_moment",
+    "optimizer_policy": "per_task",
     "lr_schedule_scope": "run",
     "lr_scheduler_type": "linear",
 }

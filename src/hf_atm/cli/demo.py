@@ -73,12 +73,12 @@ def run_demo(output: str, seed: int = 0, rounds: int = 20, steps: int = 12, quie
     for task, question in QUESTIONS.items():
         sizes = f"{len(train_data[task][1])} to tune, {len(test_data[task][1])} to test"
         print(f"  {task:<7} {question} ({sizes})")
-    train = {task: _examples(data) for task, data in train_data.items()}
-    test = {task: _examples(data) for task, data in test_data.items()}
+    train = {task: to_examples(data) for task, data in train_data.items()}
+    test = {task: to_examples(data) for task, data in test_data.items()}
 
     total = _BASE_STEPS + 2 * len(tasks) * budget
     with tqdm(total=total, disable=quiet, unit="step") as bar, tempfile.TemporaryDirectory() as scratch:
-        backbone = _pretrain(_examples(base_data), seed, bar, scratch)
+        backbone = pretrain_backbone(to_examples(base_data), seed, bar, scratch)
         state = {name: value.clone() for name, value in backbone.state_dict().items()}
         rows: dict[str, Mapping[str, float]] = {"pretrained (probe)": _probe(backbone, train_data, test_data)}
         heads = {
@@ -188,8 +188,15 @@ def _settings(folder: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _pretrain(examples: list[dict], seed: int, bar: tqdm, scratch: str) -> Any:
-    """A small ViT, trained by the plain Trainer on images no task sees; returns its backbone."""
+def pretrain_backbone(examples: list[dict], seed: int, bar: tqdm, scratch: str) -> Any:
+    """A small ViT, trained for 800 steps by the plain Trainer on images that no task sees; its backbone.
+
+    Args:
+        examples (`list[dict]`): from [`to_examples`].
+        seed (`int`): decides weights and order.
+        bar (`tqdm`): is moved with every step.
+        scratch (`str`): folder for what the Trainer writes.
+    """
     set_seed(seed)
     config = ViTConfig(
         image_size=SIZE,
@@ -236,7 +243,8 @@ def _pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 
 
-def _examples(data: Labelled) -> list[dict[str, Any]]:
+def to_examples(data: Labelled) -> list[dict[str, Any]]:
+    """Images `(n, 16, 16, 3)` uint8 and labels as examples for the Trainer: `pixel_values` in -1 to 1, `labels`."""
     images, labels = data
     return [{"pixel_values": p, "labels": int(y)} for p, y in zip(_pixels(images), labels, strict=True)]
 
