@@ -1,0 +1,221 @@
+"""Geometry and interference of task vectors: one pass over their tensors, a few of them in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import cosines, gram_matrix
+from ..merging.spectral.decompositions import thin_svd
+from ..merging.spectral.matrices import NON_MATRIX
+from ..merging.tensors import listed
+from .interference import (
+    dominant_basis,
+    effective_rank,
+    leading_factors,
+    singular_task_interference,
+    subspace_alignment,
+)
+from .signs import SignCounts, count_signs
+
+
+LEVELS = ("cheap", "full")
+
+
+@dataclass
+class LayerDiagnosis:
+    """One tensor of the task vectors.
+
+    Attributes:
+        shape: its dimensions.
+        norms: Frobenius norm per task.
+        cosine: mean cosine over the pairs of tasks; 1 for a single task.
+        sign_overlap, sign_conflict: shares of entries, see [`count_signs`]; `None` under `"cheap"`, as all that follows.
+        interference: singular task interference; `None` for what is no matrix, as all that follows.
+        alignment: per task, share of its norm within the subspace that the merged update spans.
+        effective_rank: that of the merged update.
+    """
+
+    shape: list[int]
+    norms: dict[str, float]
+    cosine: float
+    sign_overlap: float | None = None
+    sign_conflict: float | None = None
+    interference: float | None = None
+    alignment: dict[str, float] | None = None
+    effective_rank: float | None = None
+
+
+@dataclass
+class Diagnosis:
+    """Task vectors as a whole, and tensor by tensor.
+
+    Attributes:
+        tasks: names, sorted.
+        norms: L2 norm per task.
+        norm_dispersion: largest norm over smallest; infinite when a task vector is zero.
+        cosines: by task and task.
+        sign_overlap, sign_conflict: shares of all entries.
+        interference, effective_rank: means over matrices.
+        alignment: per task, over all matrices, as a share of their norm.
+        layers: by tensor name.
+    """
+
+    tasks: list[str]
+    norms: dict[str, float]
+    norm_dispersion: float
+    cosines: dict[str, dict[str, float]]
+    sign_overlap: float | None = None
+    sign_conflict: float | None = None
+    interference: float | None = None
+    alignment: dict[str, float] | None = None
+    effective_rank: float | None = None
+    layers: dict[str, LayerDiagnosis] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready copy."""
+        return asdict(self)
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers that describe the whole, for a tracker."""
+        pairs = [self.cosines[a][b] for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
+        named = {
+            "norm_dispersion": self.norm_dispersion,
+            "cosine_mean": sum(pairs) / len(pairs) if pairs else None,
+            "cosine_min": min(pairs, default=None),
+            "sign_overlap": self.sign_overlap,
+            "sign_conflict": self.sign_conflict,
+            "interference": self.interference,
+            "effective_rank": self.effective_rank,
+            "alignment_min": min(self.alignment.values()) if self.alignment else None,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def diagnose(
+    task_vectors: Mapping[str, Mapping[str, Tensor]],
+    merged: Mapping[str, Tensor] | None = None,
+    level: str = "full",
+    density: float = 0.2,
+    exclude: Sequence[str] = NON_MATRIX,
+) -> Diagnosis:
+    """
+    Norms, cosines, sign conflicts, singular task interference, subspace alignment and effective rank.
+
+    Every tensor is read once per task and forgotten before the next, so task vectors may be lazy mappings over
+    checkpoints. Inner products are float64, singular vectors too.
+
+    Args:
+        task_vectors (`Mapping[str, Mapping[str, Tensor]]`):
+            By task, tensors by name, the same names and shapes, floating point and finite.
+        merged (`Mapping[str, Tensor]`, *optional*):
+            The merged update, of the same names; the sum of the task vectors by default. Its scale is of no account.
+        level (`str`, *optional*, defaults to `"full"`):
+            `"cheap"` leaves signs and singular vectors out.
+        density (`float`, *optional*, defaults to 0.2):
+            Share of each tensor's largest entries among which signs are compared.
+        exclude (`Sequence[str]`, *optional*):
+            Name patterns of tensors that are no matrices to their model, such as embeddings: no singular vectors.
+
+    Returns:
+        [`Diagnosis`]
+
+    Raises:
+        `ValueError`: for no task, an unknown level, or names, shapes or entries that do not fit.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}.")
+    if not task_vectors:
+        raise ValueError("There is nothing to diagnose: task_vectors is empty.")
+    tasks = sorted(task_vectors)
+    _check_names(task_vectors, tasks)
+    gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    signs, layers = SignCounts(), {}
+    projected = torch.zeros(2, len(tasks), dtype=torch.float64)
+    for name in sorted(task_vectors[tasks[0]]):
+        tensors = [task_vectors[task][name].detach() for task in tasks]
+        _check_shapes(name, tasks, tensors)
+        products = gram_matrix([{name: tensor} for tensor in tensors])
+        _check_finite(name, tasks, products.diagonal().tolist())
+        gram += products
+        layer = LayerDiagnosis(
+            shape=list(tensors[0].shape),
+            norms=_by_task(tasks, products.diagonal().clamp_min(0).sqrt()),
+            cosine=_mean_cosine(products),
+        )
+        layers[name] = layer
+        if level == "cheap":
+            continue
+        counts = count_signs(tensors, density)
+        signs += counts
+        layer.sign_overlap, layer.sign_conflict = counts.overlap, counts.conflict
+        if tensors[0].ndim > 1 and tensors[0].numel() and not any(fnmatchcase(name, pattern) for pattern in exclude):
+            total = sum(tensor.double() for tensor in tensors) if merged is None else merged[name].detach()
+            _diagnose_matrix(layer, tasks, [tensor.flatten(1) for tensor in tensors], total.flatten(1))
+            squares = products.diagonal()
+            shares = torch.tensor([layer.alignment[task] for task in tasks], dtype=torch.float64)
+            projected += torch.stack([shares.square() * squares, squares])
+    norms = gram.diagonal().clamp_min(0).sqrt()
+    smallest = float(norms.min())
+    matrices = [layer for layer in layers.values() if layer.interference is not None]
+    result = Diagnosis(
+        tasks=tasks,
+        norms=_by_task(tasks, norms),
+        norm_dispersion=float(norms.max()) / smallest if smallest else math.inf,
+        cosines={a: _by_task(tasks, row) for a, row in zip(tasks, cosines(gram), strict=True)},
+        layers=layers,
+    )
+    if level == "full":
+        result.sign_overlap, result.sign_conflict = signs.overlap, signs.conflict
+    if matrices:
+        result.interference = sum(layer.interference for layer in matrices) / len(matrices)
+        result.effective_rank = sum(layer.effective_rank for layer in matrices) / len(matrices)
+        result.alignment = _by_task(tasks, (projected[0] / projected[1].clamp_min(1e-300)).sqrt())
+    return result
+
+
+def _diagnose_matrix(layer: LayerDiagnosis, tasks: Sequence[str], matrices: Sequence[Tensor], total: Tensor) -> None:
+    layer.interference = singular_task_interference(leading_factors(matrices))
+    whole = thin_svd(total)
+    layer.effective_rank = effective_rank(whole[1])
+    layer.alignment = dict(zip(tasks, subspace_alignment(matrices, dominant_basis(whole)), strict=True))
+
+
+def _by_task(tasks: Sequence[str], values: Tensor) -> dict[str, float]:
+    return dict(zip(tasks, values.tolist(), strict=True))
+
+
+def _mean_cosine(gram: Tensor) -> float:
+    count = len(gram)
+    if count == 1:
+        return 1.0
+    return float(cosines(gram).triu(1).sum()) / (count * (count - 1) / 2)
+
+
+def _check_names(task_vectors: Mapping[str, Mapping[str, Tensor]], tasks: Sequence[str]) -> None:
+    names = set(task_vectors[tasks[0]])
+    for task in tasks[1:]:
+        other = sorted(names.symmetric_difference(task_vectors[task]))
+        if other:
+            raise ValueError(f"Task vectors {tasks[0]!r} and {task!r} differ in the tensors they have: {listed(other)}.")
+
+
+def _check_shapes(name: str, tasks: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    for task, tensor in zip(tasks, tensors, strict=True):
+        if tensor.shape != tensors[0].shape:
+            raise ValueError(
+                f"Tensor {name!r} has shape {list(tensors[0].shape)} in task vector {tasks[0]!r} and "
+                f"{list(tensor.shape)} in {task!r}; only models of one architecture can be compared."
+            )
+
+
+def _check_finite(name: str, tasks: Sequence[str], squares: Sequence[float]) -> None:
+    for task, square in zip(tasks, squares, strict=True):
+        if not math.isfinite(square):
+            raise ValueError(f"Tensor {name!r} of task vector {task!r} holds NaN or infinity.")
