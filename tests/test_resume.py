@@ -37,6 +37,7 @@ CASES = {
     "schedule over the run": {"lr_schedule_scope": "run", "lr_scheduler_type": "linear", "warmup_steps": 2, **ADAM},
     "schedule per segment": {"lr_scheduler_type": "cosine", **ADAM},
     "fractional epochs": {"local_epochs": 0.5},
+    "full diagnostics": {"diagnostics": "full", **ADAM},
     "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
 }
 
@@ -65,6 +66,7 @@ def check_checkpoints(tmp_path, places=PLACES, **changes):
         for record, other in zip(resumed.report, whole.report, strict=True):
             assert record["cosines"] == other["cosines"]
             assert record["task_vector_norms"] == other["task_vector_norms"]
+            assert record["diagnostics"] == other["diagnostics"]
         shutil.rmtree(tmp_path / "resumed")
 
 

@@ -78,6 +78,9 @@ class RoundCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         return self.loop.begin_step(state, control)
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.loop.before_optimizer_step(state)
+
     def on_step_end(self, args, state, control, **kwargs):
         return self.loop.end_step(state, control)
 

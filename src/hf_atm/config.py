@@ -20,6 +20,7 @@ _CHOICES = {
     "lr_schedule_scope": ("segment", "run"),
     "lora_merge_mode": ("delta", "svd", "adapter"),
     "task_vector_origin": ("round", "start"),
+    "diagnostics": ("off", "cheap", "full"),
     "task_vector_surgery": (None, *SURGERIES),
 }
 _WEIGHTINGS = ("uniform", "num_examples", "loss_gap")
@@ -165,6 +166,15 @@ class ATMArguments:
         default=False,
         metadata={"help": "Evaluate each tuned model on its own task before the merge (needs `eval_dataset`)."},
     )
+    diagnostics: str = field(
+        default="cheap",
+        metadata={
+            "help": "What is measured at each merge, for the report and trackers: 'off' norms and cosines alone; "
+            "'cheap' also moves, their persistence, and gradients, from sketches of 1 MB; 'full' also signs, singular "
+            "vectors and loss barriers, which holds every task vector and takes as long as a few merges and, with an "
+            "`eval_dataset`, three evaluations."
+        },
+    )
     round_table: bool = field(default=True, metadata={"help": "Print a table of scores at each round's end."})
 
     def __post_init__(self) -> None:
@@ -235,7 +245,7 @@ class ATMArguments:
         if self.moment_exponent and self.optimizer_policy == "keep":
             raise ValueError(
                 f"moment_exponent={self.moment_exponent} weighs by each task's own gradients, and optimizer_policy='keep' "
-                "mixes those of all tasks; use 'reset' or 'per_task_second_moment'."
+                "mixes those of all tasks; use 'reset' or 'per_task'."
             )
         if self.task_vector_origin == "start" and self.outer_momentum:
             raise ValueError(

@@ -10,13 +10,15 @@ from typing import Any
 
 from accelerate.utils import broadcast
 from torch import Tensor
+from transformers import Trainer
 
 from .callbacks import ATMCallback
 from .checkpoint import load_tensors
 from .data import RoundDataset, head_step_counts, segment_length
 from .learning_rate import learning_rate_multiplier
 from .loop_checkpoint import ResumableLoop
-from .loop_report import LoopReport
+from .loop_diagnostics import RoundDiagnostics, midpoint_barriers
+from .loop_report import LoopReport, round_scalars
 from .lora import check_adapter_setup
 from .merge_report import DivergenceError, MergeReport
 from .moment_weights import check_second_moments, entry_weights
@@ -129,10 +131,13 @@ class ATMLoop(LoopReport, ResumableLoop):
             surgery=args.task_vector_surgery,
             seed=args.seed,
             anchored=args.task_vector_origin == "start",
-            late_weights=args.task_weights == "loss_gap",
+            hold=args.task_weights == "loss_gap" or args.diagnostics == "full",
             entrywise=args.moment_exponent > 0,
         )
         self.memory = OptimizerMemory(args.optimizer_policy)
+        self.diagnostics = None
+        if args.diagnostics != "off" and self.merging:
+            self.diagnostics = RoundDiagnostics(args.diagnostics, space, self.rounds.anchored)
 
     def _reset_progress(self) -> None:
         self.seconds = {"tuning": 0.0, "merging": 0.0, "searching": 0.0, "evaluating": 0.0}
@@ -215,6 +220,12 @@ class ATMLoop(LoopReport, ResumableLoop):
         self._segment_clock = perf_counter()
         self._evaluating_before = self.seconds["evaluating"]
 
+    def before_optimizer_step(self, state: Any) -> None:
+        """Gradients are complete, and clipped, and not yet used."""
+        position = self.plan.locate(state.global_step)
+        if self.diagnostics is not None and not position.settling:
+            self.diagnostics.add_step(position.task, self.groups.shared, self.trainer.optimizer)
+
     def end_step(self, state: Any, control: Any) -> Any:
         segment = self.plan.closed_by(state.global_step)
         if segment is None:
@@ -241,7 +252,7 @@ class ATMLoop(LoopReport, ResumableLoop):
             self.expert_metrics[task], self.expert_scores[task] = self.trainer.evaluate_expert(task)
         if self.args.task_weights == "loss_gap":
             self.loss_gaps[task] = self.base_losses[task] - self.measure_losses([task])[task]
-        clock, searching = perf_counter(), self.seconds["searching"]
+        clock, aside = perf_counter(), self.seconds["searching"] + self.seconds["evaluating"]
         if self.args.world_size > 1:
             for buffer in self.rounds.statistics.values():
                 buffer.copy_(broadcast(buffer.clone()))
@@ -257,7 +268,8 @@ class ATMLoop(LoopReport, ResumableLoop):
                 self.rounds.restore()
         except DivergenceError as error:
             raise self._undo(error) from None
-        self.seconds["merging"] += perf_counter() - clock - (self.seconds["searching"] - searching)
+        aside = self.seconds["searching"] + self.seconds["evaluating"] - aside
+        self.seconds["merging"] += perf_counter() - clock - aside
         return control
 
     def _entry_weights(self) -> dict[str, Tensor] | None:
@@ -271,10 +283,27 @@ class ATMLoop(LoopReport, ResumableLoop):
         weights = loss_gap_weights(self.loss_gaps, args.loss_gap_temperature) if self.loss_gaps else None
         searching = args.outer_learning_rate == "search"
         losses = partial(self.measure_losses, self.plan.tasks) if searching else None
-        report = self.rounds.merge(round_index, weights, losses)
+        observe = self._observe if self.diagnostics is not None else None
+        report = self.rounds.merge(round_index, weights, losses, observe)
         report.loss_gaps, report.searching = self.loss_gaps, self.searched
         self.loss_gaps, self.searched = {}, 0
         return report
+
+    def _observe(self, move: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Diagnostics of a merge about to be done; barriers where there are data to measure them on."""
+        assert self.diagnostics is not None
+        rounds = self.rounds
+        result = self.diagnostics.observe(rounds.vectors, rounds.sketches, move)
+        if self.args.diagnostics == "full" and self.trainer.eval_dataset:
+
+            def loss_at(task: str, share: float) -> float:
+                vector = rounds.vectors[task]
+                between = {name: (1 - share) * move[name] + share * vector[name] for name in move}
+                with rounds.space.probe(rounds.start, between):
+                    return self.trainer.validation_losses([task])[task]
+
+            result["barriers"] = midpoint_barriers(self.plan.tasks, loss_at)
+        return result
 
     def _close_round(self, state: Any, control: Any) -> Any:
         report = MergeReport(**{**self.merge_record, "seconds": dict(self.seconds)})
@@ -292,6 +321,9 @@ class ATMLoop(LoopReport, ResumableLoop):
         )
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         self.expert_metrics, self.expert_scores = {}, {}
+        if self.args.logging_strategy != "no":
+            # Not through the host's own log, which may attach what it has gathered since the last loss.
+            Trainer.log(self.trainer, round_scalars(self.records[-1]))
         return self.emit("on_round_end", state, control, round=report.round, report=report)
 
     def end_training(self, state: Any) -> None:

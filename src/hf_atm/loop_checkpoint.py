@@ -33,6 +33,7 @@ class ResumableLoop:
     groups: Any
     rounds: Any
     memory: Any
+    diagnostics: Any
     num_examples: dict[str, int]
     resume_from: str | None
 
@@ -59,7 +60,7 @@ class ResumableLoop:
             "optimizer_policy": args.optimizer_policy,
             "lr_schedule_scope": args.lr_schedule_scope,
             "lora_merge_mode": args.lora_merge_mode,
-            "keep_task_vectors": args.keep_task_vectors,
+            "keep_task_vectors": args.keep_task_vectors or args.diagnostics == "full",
             "moment_exponent": args.moment_exponent,
             "task_vector_surgery": args.task_vector_surgery,
             "task_vector_origin": args.task_vector_origin,
@@ -99,6 +100,10 @@ class ResumableLoop:
         names = {id(parameter): name for name, parameter in self.trainer.model.named_parameters()}
         moments, moment_values = self.memory.tensors(names, position.task if position.offset else None)
         tensors |= moments
+        measured: dict[str, Any] = {}
+        if self.diagnostics is not None:
+            measured, sketches = self.diagnostics.state()
+            tensors |= sketches
         tensors |= {f"private.{name}": tensor for name, tensor in self.groups.stored_copies().items()}
         content = {
             "version": _STATE_VERSION,
@@ -106,6 +111,7 @@ class ResumableLoop:
             "global_step": step,
             "rounds": values,
             "moments": moment_values,
+            "diagnostics": measured,
             **{name: getattr(self, name) for name in _PROGRESS},
         }
         save_state(folder, content, tensors)
@@ -117,5 +123,7 @@ class ResumableLoop:
         live = dict(self.trainer.model.named_parameters())
         self.memory.load(tensors, stored["moments"], live, self.trainer.optimizer)
         self.groups.load_copies(under(tensors, "private"))
+        if self.diagnostics is not None:
+            self.diagnostics.load(stored.get("diagnostics", {}), tensors)
         for name in _PROGRESS:
             setattr(self, name, stored[name])

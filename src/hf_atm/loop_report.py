@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from .analysis.conditions import size_loss_covariance
 from .checkpoint import REPORT_NAME, write_json
 
 
@@ -16,6 +17,7 @@ class LoopReport:
     trainer: Any
     plan: Any
     groups: Any
+    num_examples: dict[str, int]
     records: list[dict[str, Any]]
     seconds: dict[str, float]
     segment_loss: list[float]
@@ -46,13 +48,51 @@ class LoopReport:
             return False
         record["metrics"] = {name: value for name, value in metrics.items() if name != "epoch"}
         record["scores"], record["metric_names"] = self.trainer.scores(metrics)
+        if self.args.diagnostics != "off" and "diagnostics" in record:
+            record["diagnostics"] |= self._loss_diagnostics(record, metrics)
         # An evaluation at a round's end comes after its record was made.
         record["seconds"]["evaluating"] += self.seconds["evaluating"]
         self.seconds["evaluating"] = 0.0
         return True
+
+    def _loss_diagnostics(self, record: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+        """What the evaluation of the merged model tells beside the scores: see `docs/diagnostics.md`."""
+        losses = {task: metrics[f"eval_{task}_loss"] for task in self.plan.tasks if f"eval_{task}_loss" in metrics}
+        experts = {task: values["loss"] for task, values in (record["experts"] or {}).items() if "loss" in values}
+        result: dict[str, Any] = {"size_loss_covariance": size_loss_covariance(self.num_examples, losses)}
+        if experts:
+            result["gap_to_experts"] = {task: losses[task] - experts[task] for task in losses if task in experts}
+        return result
 
     def write_report(self) -> None:
         """Write `atm_report.json`."""
         private = self.groups.private_sizes(self.plan.tasks)
         content = {"rounds": self.records, "private_parameters": private}
         write_json(os.path.join(self.args.output_dir, REPORT_NAME), content)
+
+
+def round_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """A round's diagnostics as single numbers, for logs and trackers.
+
+    Args:
+        record (`Mapping`): one entry of `trainer.report`.
+    """
+    tasks, diagnostics = record["tasks"], record["diagnostics"]
+    pairs = [record["cosines"][a][b] for index, a in enumerate(tasks) for b in tasks[index + 1 :]]
+    norms = record["task_vector_norms"].values()
+    scalars = {"merged_norm": record["merged_norm"], "step_size": record["step_size"]}
+    if pairs:
+        scalars |= {"cosine_mean": sum(pairs) / len(pairs), "cosine_min": min(pairs)}
+    if min(norms) > 0:
+        scalars["norm_dispersion"] = max(norms) / min(norms)
+    for name in ("drift", "drift_from_start", "outer_persistence"):
+        if diagnostics.get(name) is not None:
+            scalars[name] = diagnostics[name]
+    for name in ("gradient_cosines", "gradient_distances", "barriers"):
+        if diagnostics.get(name):
+            scalars[f"{name}_mean"] = sum(diagnostics[name].values()) / len(diagnostics[name])
+    for name in ("sign_overlap", "sign_conflict", "interference", "effective_rank"):
+        value = diagnostics.get("task_vectors", {}).get(name)
+        if value is not None:
+            scalars[name] = value
+    return {f"atm_{name}": value for name, value in scalars.items()}

@@ -43,8 +43,8 @@ class RoundState(RoundCheckpoint):
         seed (`int`, *optional*, defaults to 0): decides the orders that surgery takes tasks in.
         anchored (`bool`, *optional*, defaults to `False`): measure task vectors from where the run started rather
             than from the round's base, and make the merge a move from there (METIS).
-        late_weights (`bool`, *optional*, defaults to `False`): whether [`merge`] will be given weights, so that no
-            sum can be made before.
+        hold (`bool`, *optional*, defaults to `False`): whether [`merge`] will need every task vector, so that no sum
+            can be made before.
         entrywise (`bool`, *optional*, defaults to `False`): whether [`capture`] will be given a weight for each entry
             of a task vector, for a mean. One more copy of the shared weights; one per task where vectors are held.
     """
@@ -63,7 +63,7 @@ class RoundState(RoundCheckpoint):
         surgery: str | None = None,
         seed: int = 0,
         anchored: bool = False,
-        late_weights: bool = False,
+        hold: bool = False,
         entrywise: bool = False,
     ) -> None:
         self.space = space
@@ -80,7 +80,7 @@ class RoundState(RoundCheckpoint):
         self.entrywise = entrywise
         self.origin: dict[str, Tensor] = {}
         self.mixing: Tensor | None = None
-        self.streaming = self.linear and not (keep or space.compact or max_norm == "mean" or surgery or late_weights)
+        self.streaming = self.linear and not (keep or space.compact or max_norm == "mean" or surgery or hold)
         self.statistics = dict(statistics or {})
         self.method_kwargs = {key: value for key, value in merge_kwargs.items() if key != "scaling_coefficient"}
         self._weigh(weights)
@@ -188,6 +188,7 @@ class RoundState(RoundCheckpoint):
         round_index: int,
         weights: Mapping[str, float] | None = None,
         losses: Callable[[], Mapping[str, float]] | None = None,
+        observe: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None,
     ) -> MergeReport:
         """Merge all task vectors, step the base, write it into the live model and begin the next round there.
 
@@ -196,6 +197,8 @@ class RoundState(RoundCheckpoint):
             weights (`Mapping[str, float]`, *optional*): this round's weights, in place of the constant ones.
             losses (`Callable[[], Mapping[str, float]]`, *optional*): validation loss of every task with the live
                 model; given, the outer step is searched.
+            observe (`Callable[[Mapping[str, Tensor]], dict]`, *optional*): is shown how the base is about to move,
+                while all task vectors are still there; what it returns goes into the report's `diagnostics`.
 
         Returns:
             [`MergeReport`]: without `seconds`.
@@ -225,6 +228,7 @@ class RoundState(RoundCheckpoint):
         if self.step_size != 1.0:
             for tensor in move.values():
                 tensor.mul_(self.step_size)
+        diagnostics = {} if observe is None else observe(move)
         if self.anchored:
             self.base = {name: tensor.clone() for name, tensor in self.origin.items()}
         self.space.advance(self.base, move)
@@ -243,6 +247,7 @@ class RoundState(RoundCheckpoint):
             merged_norm=merged_norm,
             step_size=self.step_size,
             step_sizes_tried=[list(pair) for pair in tried.items()],
+            diagnostics=diagnostics,
         )
 
     def pool_statistics(self) -> None:

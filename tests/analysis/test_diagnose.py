@@ -152,11 +152,7 @@ def test_order_type_and_single_tasks():
     assert diagnose(half).norms == diagnose(whole).norms
     alone = diagnose({"a": given["a"]})
     assert alone.cosines == {"a": {"a": 1.0}} and alone.interference == pytest.approx(0, abs=1e-9)
-    assert math.isinf(diagnose({"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}).norm_dispersion)
-    assert set(diagnose(given).scalars()) == {
-        "norm_dispersion", "cosine_mean", "cosine_min", "sign_overlap", "sign_conflict", "interference",
-        "effective_rank", "alignment_min",
-    }  # fmt: skip
+    assert diagnose({"a": {"w": torch.ones(2)}, "b": {"w": torch.zeros(2)}}).norm_dispersion is None
 
 
 @pytest.mark.parametrize(

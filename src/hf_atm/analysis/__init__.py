@@ -1,5 +1,6 @@
 """What happened to each task: diagnostics of task vectors, conditions of the theory, losses between models."""
 
+from .conditions import gradient_identity, size_loss_covariance
 from .diagnose import Diagnosis, LayerDiagnosis, diagnose
 from .interference import effective_rank, singular_task_interference, subspace_alignment
 from .signs import SignCounts, count_signs
@@ -12,6 +13,8 @@ __all__ = [
     "count_signs",
     "diagnose",
     "effective_rank",
+    "gradient_identity",
     "singular_task_interference",
+    "size_loss_covariance",
     "subspace_alignment",
 ]

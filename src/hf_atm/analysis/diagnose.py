@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..geometry import cosines, gram_matrix
 from ..merging.spectral.decompositions import thin_svd
+from ..merging.plan import matches
 from ..merging.spectral.matrices import NON_MATRIX
 from ..merging.tensors import listed
 from .interference import (
@@ -59,7 +59,7 @@ class Diagnosis:
     Attributes:
         tasks: names, sorted.
         norms: L2 norm per task.
-        norm_dispersion: largest norm over smallest; infinite when a task vector is zero.
+        norm_dispersion: largest norm over smallest; `None` when a task vector is zero.
         cosines: by task and task.
         sign_overlap, sign_conflict: shares of all entries.
         interference, effective_rank: means over matrices.
@@ -69,7 +69,7 @@ class Diagnosis:
 
     tasks: list[str]
     norms: dict[str, float]
-    norm_dispersion: float
+    norm_dispersion: float | None
     cosines: dict[str, dict[str, float]]
     sign_overlap: float | None = None
     sign_conflict: float | None = None
@@ -82,21 +82,6 @@ class Diagnosis:
         """A JSON-ready copy."""
         return asdict(self)
 
-    def scalars(self) -> dict[str, float]:
-        """The numbers that describe the whole, for a tracker."""
-        pairs = [self.cosines[a][b] for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
-        named = {
-            "norm_dispersion": self.norm_dispersion,
-            "cosine_mean": sum(pairs) / len(pairs) if pairs else None,
-            "cosine_min": min(pairs, default=None),
-            "sign_overlap": self.sign_overlap,
-            "sign_conflict": self.sign_conflict,
-            "interference": self.interference,
-            "effective_rank": self.effective_rank,
-            "alignment_min": min(self.alignment.values()) if self.alignment else None,
-        }
-        return {name: value for name, value in named.items() if value is not None}
-
 
 def diagnose(
     task_vectors: Mapping[str, Mapping[str, Tensor]],
@@ -104,6 +89,7 @@ def diagnose(
     level: str = "full",
     density: float = 0.2,
     exclude: Sequence[str] = NON_MATRIX,
+    report: Callable[[str], None] = lambda name: None,
 ) -> Diagnosis:
     """
     Norms, cosines, sign conflicts, singular task interference, subspace alignment and effective rank.
@@ -122,6 +108,8 @@ def diagnose(
             Share of each tensor's largest entries among which signs are compared.
         exclude (`Sequence[str]`, *optional*):
             Name patterns of tensors that are no matrices to their model, such as embeddings: no singular vectors.
+        report (`Callable[[str], None]`, *optional*):
+            Is told each tensor's name once it is done.
 
     Returns:
         [`Diagnosis`]
@@ -150,41 +138,42 @@ def diagnose(
             cosine=_mean_cosine(products),
         )
         layers[name] = layer
-        if level == "cheap":
-            continue
-        counts = count_signs(tensors, density)
-        signs += counts
-        layer.sign_overlap, layer.sign_conflict = counts.overlap, counts.conflict
-        if tensors[0].ndim > 1 and tensors[0].numel() and not any(fnmatchcase(name, pattern) for pattern in exclude):
-            total = sum(tensor.double() for tensor in tensors) if merged is None else merged[name].detach()
-            _diagnose_matrix(layer, tasks, [tensor.flatten(1) for tensor in tensors], total.flatten(1))
-            squares = products.diagonal()
-            shares = torch.tensor([layer.alignment[task] for task in tasks], dtype=torch.float64)
-            projected += torch.stack([shares.square() * squares, squares])
+        if level == "full":
+            counts = count_signs(tensors, density)
+            signs += counts
+            layer.sign_overlap, layer.sign_conflict = counts.overlap, counts.conflict
+            if tensors[0].ndim > 1 and tensors[0].numel() and not matches(name, exclude):
+                total = sum(tensor.double() for tensor in tensors) if merged is None else merged[name].detach()
+                shares = _diagnose_matrix(layer, tasks, [tensor.flatten(1) for tensor in tensors], total.flatten(1))
+                squares = products.diagonal()
+                projected += torch.stack([shares.square() * squares, squares])
+        report(name)
     norms = gram.diagonal().clamp_min(0).sqrt()
     smallest = float(norms.min())
     matrices = [layer for layer in layers.values() if layer.interference is not None]
     result = Diagnosis(
         tasks=tasks,
         norms=_by_task(tasks, norms),
-        norm_dispersion=float(norms.max()) / smallest if smallest else math.inf,
+        norm_dispersion=float(norms.max()) / smallest if smallest else None,
         cosines={a: _by_task(tasks, row) for a, row in zip(tasks, cosines(gram), strict=True)},
         layers=layers,
     )
     if level == "full":
         result.sign_overlap, result.sign_conflict = signs.overlap, signs.conflict
     if matrices:
-        result.interference = sum(layer.interference for layer in matrices) / len(matrices)
-        result.effective_rank = sum(layer.effective_rank for layer in matrices) / len(matrices)
+        result.interference = sum(layer.interference or 0.0 for layer in matrices) / len(matrices)
+        result.effective_rank = sum(layer.effective_rank or 0.0 for layer in matrices) / len(matrices)
         result.alignment = _by_task(tasks, (projected[0] / projected[1].clamp_min(1e-300)).sqrt())
     return result
 
 
-def _diagnose_matrix(layer: LayerDiagnosis, tasks: Sequence[str], matrices: Sequence[Tensor], total: Tensor) -> None:
+def _diagnose_matrix(layer: LayerDiagnosis, tasks: Sequence[str], matrices: Sequence[Tensor], total: Tensor) -> Tensor:
     layer.interference = singular_task_interference(leading_factors(matrices))
     whole = thin_svd(total)
     layer.effective_rank = effective_rank(whole[1])
-    layer.alignment = dict(zip(tasks, subspace_alignment(matrices, dominant_basis(whole)), strict=True))
+    shares = subspace_alignment(matrices, dominant_basis(whole))
+    layer.alignment = dict(zip(tasks, shares, strict=True))
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def _by_task(tasks: Sequence[str], values: Tensor) -> dict[str, float]:

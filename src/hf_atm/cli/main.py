@@ -50,6 +50,13 @@ or a causal language model. Every field of ATMConfig may follow the file:
     hf-atm merge examples/recipes/ties.yaml merged
     hf-atm refine merged tasks.yaml --heads sst2=./sst2 cola=./cola --num_rounds 5 --local_steps 8"""
 
+_INSPECT_HELP = """\
+Compares finished models of one base, checkpoints or LoRA adapters, tensor by tensor: norms and cosines of their task
+vectors, conflicting signs, singular task interference, how much of each task lies in the space their sum spans, and
+that sum's effective rank. Nothing is merged, and only a few tensors are in memory at a time.
+
+    hf-atm inspect google-bert/bert-base-uncased ./sst2 ./cola --output inspection.json"""
+
 _MERGE_HELP = """\
 Merges what a recipe names, tensor by tensor, without loading a model. The result appears under its name only when it is
 whole and verified; an interrupted merge goes on where it stopped when the same command runs again.
@@ -174,6 +181,21 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--push-to-hub", metavar="ID", help="upload the result to this repository")
     merge.add_argument("--public", action="store_true", help="make a new repository public")
 
+    inspect = commands.add_parser(
+        "inspect",
+        help="geometry and interference of finished checkpoints or adapters",
+        description=_INSPECT_HELP,
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    inspect.add_argument("base", metavar="BASE", help="folder, file or Hub id; not read for adapters")
+    inspect.add_argument("models", nargs="+", metavar="MODEL", help="models tuned from it, or adapters for it")
+    inspect.add_argument("--names", nargs="+", metavar="TASK", help="what to call them (default: their folders' names)")
+    inspect.add_argument("--level", choices=("cheap", "full"), default="full", help="cheap: norms and cosines alone")
+    inspect.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="tensors to leave out")
+    inspect.add_argument("--output", metavar="FILE.json", help="write everything here, tensor by tensor")
+
     evaluate = commands.add_parser(
         "evaluate",
         help="per-task metrics of a saved model",
@@ -218,6 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .merge import merge
 
             return merge(args.recipe, args.output, args, quiet=quiet)
+        if args.command == "inspect":
+            from .inspect import inspect
+
+            return inspect(args.base, args.models, args.names, args.level, args.exclude, args.output, quiet)
         if args.command == "compare":
             from .compare import compare
 
