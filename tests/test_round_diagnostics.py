@@ -1,5 +1,7 @@
 """What the loop measures about its rounds, beside plain arithmetic on the weights that callbacks saw."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

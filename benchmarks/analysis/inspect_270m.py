@@ -56,4 +56,6 @@ if __name__ == "__main__":
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
-    print(f"\n{parameters / 1e6:.0f} M parameters: {seconds:.1f} s, peak memory {peak:.2f} GiB (includes mapped pages)")
+    print(
+        f"\n{parameters / 1e6:.0f} M parameters: {seconds:.1f} s, peak memory {peak:.2f} GiB (includes mapped pages)"
+    )

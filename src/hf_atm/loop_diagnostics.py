@@ -56,10 +56,7 @@ class RoundDiagnostics:
         if self.anchored or self.shapes.keys() != parameters.keys():
             return
         if task not in self.gradients:
-            self.gradients[task] = self.sketch(
-                torch.zeros_like(parameters[name]) if parameters[name].grad is None else parameters[name].grad.detach()
-                for name in self.shapes
-            )
+            self.gradients[task] = self.sketch(_gradient(parameters[name]) for name in self.shapes)
             self.rates[task] = 0.0
         first = next(iter(parameters.values()))
         groups = inner_optimizer(optimizer).param_groups
@@ -120,6 +117,10 @@ class RoundDiagnostics:
         for kind, held in (("moves", self.moves), ("gradients", self.gradients)):
             prefix = f"diagnostics.{kind}."
             held.update({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
 
 
 def midpoint_barriers(

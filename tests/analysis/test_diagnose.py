@@ -1,5 +1,7 @@
 """Diagnostics beside independent references in NumPy, float64, written from the definitions."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
@@ -56,7 +58,9 @@ def test_norms_and_cosines():
     assert result.norm_dispersion == pytest.approx(max(norms) / min(norms), rel=1e-12)
     assert result.interference is None and result.sign_conflict is None
     bias = [given[task]["bias"].double().numpy() for task in TASKS]
-    pairs = [bias[i] @ bias[j] / np.linalg.norm(bias[i]) / np.linalg.norm(bias[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    pairs = [
+        bias[i] @ bias[j] / np.linalg.norm(bias[i]) / np.linalg.norm(bias[j]) for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
     assert result.layers["bias"].cosine == pytest.approx(np.mean(pairs), abs=1e-12)
 
 
@@ -146,7 +150,10 @@ def test_a_merged_update_of_ones_own():
 
 def test_order_type_and_single_tasks():
     given = vectors()
-    assert diagnose(dict(reversed(given.items()))).to_dict() == diagnose(given).to_dict()
+    seen = []
+    expected = diagnose(given, report=seen.append).to_dict()
+    assert diagnose(dict(reversed(given.items()))).to_dict() == expected and seen == sorted(given["a"])
+    assert diagnose(given, threads=3).to_dict() == expected
     half = {task: {name: t.bfloat16() for name, t in vector.items()} for task, vector in given.items()}
     whole = {task: {name: t.float() for name, t in vector.items()} for task, vector in half.items()}
     assert diagnose(half).norms == diagnose(whole).norms

@@ -1,5 +1,7 @@
 """What happened to each task: diagnostics of task vectors, conditions of the theory, losses between models."""
 
+from __future__ import annotations
+
 from .conditions import gradient_identity, size_loss_covariance
 from .diagnose import Diagnosis, LayerDiagnosis, diagnose
 from .interference import effective_rank, singular_task_interference, subspace_alignment

@@ -50,24 +50,39 @@ def open_task_vectors(
     if any(adapters):
         if not all(adapters):
             whole = models[adapters.index(False)]
-            raise ValueError(f"{whole!r} is no adapter, and {models[adapters.index(True)]!r} is one; compare like with like.")
+            raise ValueError(
+                f"{whole!r} is no adapter, and {models[adapters.index(True)]!r} is one; compare like with like."
+            )
         return _adapter_updates(models, tasks, exclude), []
     readers = [CheckpointReader(resolve_model(model)) for model in models]
     origin = CheckpointReader(resolve_model(base))
+    _check_likeness(base, origin, readers, exclude)
     plan = _plan(readers, origin, exclude)
     compared = set(plan.leader_of)
-    shared = sum(origin[key].numel() for key in compared)
-    total = sum(tensor.numel() for tensor in origin.values())
-    if shared < total / 2 and not exclude:
-        raise ValueError(
-            f"The models share only {shared / total:.0%} of the parameters of {base!r}; they seem to be of another "
-            "architecture, or the base is another one."
-        )
     skipped = sorted({key for state in (*readers, origin) for key in state} - compared)
     return {
-        task: ModelView(task, reader, origin, plan, plan.leaders)
-        for task, reader in zip(tasks, readers, strict=True)
+        task: ModelView(task, reader, origin, plan, plan.leaders) for task, reader in zip(tasks, readers, strict=True)
     }, skipped
+
+
+def _check_likeness(
+    base: str, origin: CheckpointReader, readers: Sequence[CheckpointReader], exclude: Sequence[str]
+) -> None:
+    """Refuse models that are not of one architecture, from names and shapes."""
+    shared = [
+        key
+        for key, tensor in origin.items()
+        if tensor.is_floating_point()
+        and all(key in reader and reader[key].shape[1:] == tensor.shape[1:] for reader in readers)
+    ]
+    part, total = (sum(origin[key].numel() for key in keys) for keys in (shared, origin))
+    if part < total / 2:
+        raise ValueError(
+            f"The models share only {part / total:.0%} of the parameters of {base!r}; they are of another architecture, "
+            "or tuned from another base."
+        )
+    if all(matches(key, exclude) for key in shared):
+        raise ValueError(f"exclude leaves nothing to compare: {listed(list(exclude))}.")
 
 
 def _plan(readers: Sequence[CheckpointReader], origin: CheckpointReader, exclude: Sequence[str]) -> MergePlan:
@@ -79,7 +94,9 @@ def _plan(readers: Sequence[CheckpointReader], origin: CheckpointReader, exclude
     return dataclasses.replace(plan, dtypes={key: result_dtype(dtype) for key, dtype in plan.out_dtypes.items()})
 
 
-def _adapter_updates(models: Sequence[str], tasks: Sequence[str], exclude: Sequence[str]) -> dict[str, Mapping[str, Tensor]]:
+def _adapter_updates(
+    models: Sequence[str], tasks: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Mapping[str, Tensor]]:
     from ..merging.adapters.compatibility import check_compatible
     from ..merging.adapters.reading import read_adapters
     from ..merging.adapters.updates import DenseUpdates

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from ..geometry import cosines, gram_matrix
-from ..merging.spectral.decompositions import thin_svd
 from ..merging.plan import matches
+from ..merging.spectral.decompositions import thin_svd
 from ..merging.spectral.matrices import NON_MATRIX
 from ..merging.tensors import listed
 from .interference import (
@@ -90,6 +92,7 @@ def diagnose(
     density: float = 0.2,
     exclude: Sequence[str] = NON_MATRIX,
     report: Callable[[str], None] = lambda name: None,
+    threads: int = 1,
 ) -> Diagnosis:
     """
     Norms, cosines, sign conflicts, singular task interference, subspace alignment and effective rank.
@@ -110,6 +113,8 @@ def diagnose(
             Name patterns of tensors that are no matrices to their model, such as embeddings: no singular vectors.
         report (`Callable[[str], None]`, *optional*):
             Is told each tensor's name once it is done.
+        threads (`int`, *optional*, defaults to 1):
+            Tensors looked at at the same time, each on one core.
 
     Returns:
         [`Diagnosis`]
@@ -123,47 +128,81 @@ def diagnose(
         raise ValueError("There is nothing to diagnose: task_vectors is empty.")
     tasks = sorted(task_vectors)
     _check_names(task_vectors, tasks)
-    gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
-    signs, layers = SignCounts(), {}
-    projected = torch.zeros(2, len(tasks), dtype=torch.float64)
-    for name in sorted(task_vectors[tasks[0]]):
-        tensors = [task_vectors[task][name].detach() for task in tasks]
-        _check_shapes(name, tasks, tensors)
-        products = gram_matrix([{name: tensor} for tensor in tensors])
-        _check_finite(name, tasks, products.diagonal().tolist())
-        gram += products
-        layer = LayerDiagnosis(
-            shape=list(tensors[0].shape),
-            norms=_by_task(tasks, products.diagonal().clamp_min(0).sqrt()),
-            cosine=_mean_cosine(products),
-        )
-        layers[name] = layer
-        if level == "full":
-            counts = count_signs(tensors, density)
-            signs += counts
-            layer.sign_overlap, layer.sign_conflict = counts.overlap, counts.conflict
-            if tensors[0].ndim > 1 and tensors[0].numel() and not matches(name, exclude):
-                total = sum(tensor.double() for tensor in tensors) if merged is None else merged[name].detach()
-                shares = _diagnose_matrix(layer, tasks, [tensor.flatten(1) for tensor in tensors], total.flatten(1))
-                squares = products.diagonal()
-                projected += torch.stack([shares.square() * squares, squares])
+
+    def diagnose_tensor(name: str) -> _Part:
+        part = _diagnose_tensor(name, tasks, task_vectors, merged, level, density, exclude)
         report(name)
+        return part
+
+    names = sorted(task_vectors[tasks[0]])
+    if threads > 1:
+        with (
+            threadpool_limits(limits=1),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            parts = list(pool.map(diagnose_tensor, names))
+    else:
+        parts = [diagnose_tensor(name) for name in names]
+    return _summarize(tasks, dict(zip(names, parts, strict=True)), level)
+
+
+class _Part(NamedTuple):
+    """One tensor: its inner products, signs, figures, and each task's squared norm within the merged update's space."""
+
+    products: Tensor
+    signs: SignCounts
+    layer: LayerDiagnosis
+    inside: Tensor | None
+
+
+def _diagnose_tensor(
+    name: str,
+    tasks: Sequence[str],
+    task_vectors: Mapping[str, Mapping[str, Tensor]],
+    merged: Mapping[str, Tensor] | None,
+    level: str,
+    density: float,
+    exclude: Sequence[str],
+) -> _Part:
+    tensors = [task_vectors[task][name].detach() for task in tasks]
+    _check_shapes(name, tasks, tensors)
+    products = gram_matrix([{name: tensor} for tensor in tensors])
+    squares = products.diagonal()
+    _check_finite(name, tasks, squares.tolist())
+    norms = _by_task(tasks, squares.clamp_min(0).sqrt())
+    layer = LayerDiagnosis(shape=list(tensors[0].shape), norms=norms, cosine=_mean_cosine(products))
+    if level == "cheap":
+        return _Part(products, SignCounts(), layer, None)
+    signs = count_signs(tensors, density)
+    layer.sign_overlap, layer.sign_conflict = signs.overlap, signs.conflict
+    if tensors[0].ndim < 2 or not tensors[0].numel() or matches(name, exclude):
+        return _Part(products, signs, layer, None)
+    total = torch.stack([tensor.double() for tensor in tensors]).sum(0) if merged is None else merged[name].detach()
+    shares = _diagnose_matrix(layer, tasks, [tensor.flatten(1) for tensor in tensors], total.flatten(1))
+    return _Part(products, signs, layer, shares.square() * squares)
+
+
+def _summarize(tasks: Sequence[str], parts: Mapping[str, _Part], level: str) -> Diagnosis:
+    gram = torch.stack([part.products for part in parts.values()]).sum(0)
     norms = gram.diagonal().clamp_min(0).sqrt()
     smallest = float(norms.min())
-    matrices = [layer for layer in layers.values() if layer.interference is not None]
     result = Diagnosis(
-        tasks=tasks,
+        tasks=list(tasks),
         norms=_by_task(tasks, norms),
         norm_dispersion=float(norms.max()) / smallest if smallest else None,
         cosines={a: _by_task(tasks, row) for a, row in zip(tasks, cosines(gram), strict=True)},
-        layers=layers,
+        layers={name: part.layer for name, part in parts.items()},
     )
     if level == "full":
+        signs = sum((part.signs for part in parts.values()), SignCounts())
         result.sign_overlap, result.sign_conflict = signs.overlap, signs.conflict
+    matrices = [part for part in parts.values() if part.inside is not None]
     if matrices:
-        result.interference = sum(layer.interference or 0.0 for layer in matrices) / len(matrices)
-        result.effective_rank = sum(layer.effective_rank or 0.0 for layer in matrices) / len(matrices)
-        result.alignment = _by_task(tasks, (projected[0] / projected[1].clamp_min(1e-300)).sqrt())
+        result.interference = sum(part.layer.interference or 0.0 for part in matrices) / len(matrices)
+        result.effective_rank = sum(part.layer.effective_rank or 0.0 for part in matrices) / len(matrices)
+        inside = torch.stack([part.inside for part in matrices if part.inside is not None]).sum(0)
+        whole = torch.stack([part.products.diagonal() for part in matrices]).sum(0)
+        result.alignment = _by_task(tasks, (inside / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt())
     return result
 
 
@@ -192,7 +231,9 @@ def _check_names(task_vectors: Mapping[str, Mapping[str, Tensor]], tasks: Sequen
     for task in tasks[1:]:
         other = sorted(names.symmetric_difference(task_vectors[task]))
         if other:
-            raise ValueError(f"Task vectors {tasks[0]!r} and {task!r} differ in the tensors they have: {listed(other)}.")
+            raise ValueError(
+                f"Task vectors {tasks[0]!r} and {task!r} differ in the tensors they have: {listed(other)}."
+            )
 
 
 def _check_shapes(name: str, tasks: Sequence[str], tensors: Sequence[Tensor]) -> None:

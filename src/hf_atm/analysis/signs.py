@@ -63,7 +63,9 @@ def count_signs(tensors: Sequence[Tensor], density: float = 0.2) -> SignCounts:
     shared = conflicting = 0
     for start in range(0, numel, CHUNK):
         pieces = [flat[start : start + CHUNK].float() for flat in flats]
-        signs = torch.stack([cut.apply(p, key, start).sign().to(torch.int8) for cut, p in zip(cuts, pieces, strict=True)])
+        signs = torch.stack(
+            [cut.apply(p, key, start).sign().to(torch.int8) for cut, p in zip(cuts, pieces, strict=True)]
+        )
         held = signs.abs().sum(0)
         shared += int((held > 1).sum())
         conflicting += int((signs.sum(0).abs() < held).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def inspect(
     started = time.perf_counter()
     vectors, skipped = open_task_vectors(base, models, names, exclude)
     with tqdm(total=len(next(iter(vectors.values()))), unit="tensor", disable=quiet, desc="inspecting") as bar:
-        result = diagnose(vectors, level=level, report=lambda name: bar.update())
+        result = diagnose(vectors, level=level, report=lambda name: bar.update(), threads=os.cpu_count() or 1)
     print(describe(result, skipped))
     if output is not None:
         write_json(Path(output), {"base": base, "models": list(models), "skipped": skipped, **result.to_dict()})
@@ -55,7 +56,10 @@ def describe(result: Diagnosis, skipped: Sequence[str] = ()) -> str:
     tasks = result.tasks
     width, cell = max(len("task"), *map(len, tasks)), max(8, *map(len, tasks))
     header = f"{'task':<{width}}  {'norm':>8}  " + "  ".join(f"{task:>{cell}}" for task in tasks)
-    lines = [header + ("   aligned" if result.alignment else ""), "-" * (len(header) + (10 if result.alignment else 0))]
+    lines = [
+        header + ("   aligned" if result.alignment else ""),
+        "-" * (len(header) + (10 if result.alignment else 0)),
+    ]
     for task in tasks:
         row = "  ".join(f"{result.cosines[task][other]:>{cell}.4f}" for other in tasks)
         aligned = f"  {result.alignment[task]:>8.4f}" if result.alignment else ""

@@ -191,7 +191,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("base", metavar="BASE", help="folder, file or Hub id; not read for adapters")
     inspect.add_argument("models", nargs="+", metavar="MODEL", help="models tuned from it, or adapters for it")
-    inspect.add_argument("--names", nargs="+", metavar="TASK", help="what to call them (default: their folders' names)")
+    inspect.add_argument(
+        "--names", nargs="+", metavar="TASK", help="what to call them (default: their folders' names)"
+    )
     inspect.add_argument("--level", choices=("cheap", "full"), default="full", help="cheap: norms and cosines alone")
     inspect.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="tensors to leave out")
     inspect.add_argument("--output", metavar="FILE.json", help="write everything here, tensor by tensor")

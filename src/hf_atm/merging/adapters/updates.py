@@ -31,11 +31,12 @@ class DenseUpdates(Mapping[str, Tensor]):
         self._last: tuple[str, Tensor] | None = None
 
     def __getitem__(self, key: str) -> Tensor:
-        if self._last is None or self._last[0] != key:
+        last = self._last
+        if last is None or last[0] != key:
             module = self.modules[key]
             dense = update_of(self.adapter, module, self.layouts).dense()
-            self._last = key, self.layouts[module].weight(dense).to(self.dtype)
-        return self._last[1]
+            self._last = last = key, self.layouts[module].weight(dense).to(self.dtype)
+        return last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)

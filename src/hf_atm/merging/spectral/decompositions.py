@@ -19,6 +19,9 @@ _WEAK = 1 / 32
 # Below this ratio of singular values, rounding mixes the vectors with those of still weaker ones.
 _MIXED = 1e-4
 
+# From this size on, leaving eigenvectors out saves more than torch's solver of all of them gains.
+_LARGE = 2048
+
 _EPS = torch.finfo(torch.float32).eps
 _FAILURES = (torch.linalg.LinAlgError, lapack.LinAlgError)
 
@@ -131,7 +134,7 @@ def gram_matrix(tall: Tensor) -> Tensor:
 
 def leading_eigh(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest eigenvalues of a symmetric float64 matrix, ascending, and their vectors as columns."""
-    if gram.device.type == "cpu" and lapack.is_available():
+    if gram.device.type == "cpu" and len(gram) >= _LARGE and lapack.is_available():
         values, vectors = lapack.leading_eigh(gram.numpy(), count)
         return torch.from_numpy(values), torch.from_numpy(vectors)
     values, vectors = torch.linalg.eigh(gram)
