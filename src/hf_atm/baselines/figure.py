@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-_MARKS = "osD^vPX*<>"
+from ..figures.canvas import MARKS, STYLES, canvas
 
 
 def draw(cells: Mapping[int, Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -22,22 +21,13 @@ def draw(cells: Mapping[int, Mapping[str, Any]], rows: Mapping[str, Mapping[str,
         rows (`Mapping[str, Mapping]`): from [`summarize`].
         path (`Path`): a PNG file.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     curves = _curves(cells)
-    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    if any(len(points) > 1 for points in curves.values()):
-        _draw_curves(axes, curves, rows)
-    else:
-        _draw_bars(axes, rows)
-    axes.grid(alpha=0.3)
-    beside = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    figure.savefig(beside, dpi=150)
-    pyplot.close(figure)
-    beside.replace(path)
+    with canvas(path, (9, 5.5)) as (_, axes):
+        if any(len(points) > 1 for points in curves.values()):
+            _draw_curves(axes, curves, rows)
+        else:
+            _draw_bars(axes, rows)
+        axes.grid(alpha=0.3)
 
 
 def _curves(cells: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[float, list[float]]]:
@@ -57,8 +47,8 @@ def _draw_curves(axes: Any, curves: Mapping[str, Any], rows: Mapping[str, Mappin
             continue
         steps = sorted(points)
         means = [statistics.fmean(points[step]) for step in steps]
-        style = ("-", "--", "-.", ":")[index // 10 % 4]
-        line = axes.plot(steps, means, style, marker=_MARKS[index % len(_MARKS)], markersize=5, label=member)[0]
+        style = STYLES[index // len(MARKS) % len(STYLES)]
+        line = axes.plot(steps, means, style, marker=MARKS[index % len(MARKS)], markersize=5, label=member)[0]
         low, high = [min(points[s]) for s in steps], [max(points[s]) for s in steps]
         axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     levels = {name: row for name, row in rows.items() if name.startswith("one-shot") and "validation" in row}
