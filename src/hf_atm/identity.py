@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ def settings_of(args: ATMConfig) -> dict[str, Any]:
         if not name.startswith(_INCIDENTAL) and value != default.get(name)
     }
     return as_json(values)
+
+
+def chosen_settings(args: Any) -> dict[str, Any]:
+    """As [`settings_of`], during a run too: no other arguments are made, which would reset the process's device state."""
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
+    }
+    return {
+        name: value
+        for name, value in as_json(args.to_dict()).items()
+        # How the host's launcher is set up is filled in with its own defaults.
+        if not name.startswith((*_INCIDENTAL, "accelerator_config"))
+        and name in defaults
+        # Empty is how the arguments write None once they are made.
+        and (value or None) != (as_json(getattr(defaults[name], "value", defaults[name])) or None)
+    }
 
 
 def sizes_of(**datasets: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .analysis.conditions import size_loss_covariance
 from .checkpoint import REPORT_NAME, write_json
+from .run_facts import run_facts
 
 
 class LoopReport:
@@ -67,7 +68,7 @@ class LoopReport:
     def write_report(self) -> None:
         """Write `atm_report.json`."""
         private = self.groups.private_sizes(self.plan.tasks)
-        content = {"rounds": self.records, "private_parameters": private}
+        content = {"rounds": self.records, "private_parameters": private, "run": run_facts(self.trainer)}
         write_json(os.path.join(self.args.output_dir, REPORT_NAME), content)
 
 

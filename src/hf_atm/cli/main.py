@@ -198,6 +198,25 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="tensors to leave out")
     inspect.add_argument("--output", metavar="FILE.json", help="write everything here, tensor by tensor")
 
+    card = commands.add_parser(
+        "card",
+        help="pictures and model card of a finished run",
+        description="Draws a run's pictures into figures/ and writes its model card, README.md, with metadata for the "
+        "Hub. Needs no network. Set eval_strategy and eval_experts in the run to have scores by round and experts.",
+        parents=[common],
+        allow_abbrev=False,
+    )
+    card.add_argument("run", metavar="RUN", help="output_dir of hf-atm train, or of a trainer after save_model()")
+    card.add_argument("--name", help="what to call the model (default: the folder's name)")
+    card.add_argument("--repository", metavar="ID", help="Hub id that the card's code loads from (default: the name)")
+    card.add_argument("--license", help="such as apache-2.0")
+    card.add_argument("--language", nargs="+", help="such as en")
+    card.add_argument(
+        "--levels",
+        metavar="FILE.json",
+        help="scores of other methods to show: a comparison.json, or {name: {task: score}}",
+    )
+
     evaluate = commands.add_parser(
         "evaluate",
         help="per-task metrics of a saved model",
@@ -246,6 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .inspect import inspect
 
             return inspect(args.base, args.models, args.names, args.level, args.exclude, args.output, quiet)
+        if args.command == "card":
+            from .card import card
+
+            return card(args.run, args, quiet)
         if args.command == "compare":
             from .compare import compare
 
