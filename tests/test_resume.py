@@ -34,6 +34,7 @@ CASES = {
     "moments kept": {"optimizer_policy": "keep", **ADAM},
     "moments per task": {"optimizer_policy": "per_task", **ADAM},
     "second moment per task": {"optimizer_policy": "per_task_second_moment", **ADAM},
+    "shared moments": {"optimizer_policy": "shared", **ADAM},
     "schedule over the run": {"lr_schedule_scope": "run", "lr_scheduler_type": "linear", "warmup_steps": 2, **ADAM},
     "schedule per segment": {"lr_scheduler_type": "cosine", **ADAM},
     "fractional epochs": {"local_epochs": 0.5},

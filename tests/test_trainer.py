@@ -420,6 +420,38 @@ def test_what_the_optimizer_remembers(tmp_path, policy):
     assert seen == expected[policy]
 
 
+@pytest.mark.parametrize("head_steps", [0, 1])
+def test_shared_moments_are_the_mean_of_the_tasks(tmp_path, head_steps):
+    """Every task of a round starts from the mean of what the last round's left, and its head from its own."""
+    begun, ended = [], []
+
+    def slots(model, optimizer, task):
+        state = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
+        names = [name for name in state if name.startswith("body") or name.startswith(f"heads.{task}")]
+        return {(name, key): value.clone() for name in names for key, value in state[name].items()}
+
+    class Watch(ATMCallback):
+        def on_task_begin(self, args, state, control, *, task, model, optimizer, **kwargs):
+            begun.append((task, slots(model, optimizer, task)))
+
+        def on_task_end(self, args, state, control, *, task, model, optimizer, **kwargs):
+            ended.append((task, slots(model, optimizer, task)))
+
+    make_trainer(
+        tmp_path, train_dataset=small(), callbacks=[Watch()], num_rounds=3, optimizer_policy="shared",
+        optim="adamw_torch", head_steps=head_steps,
+    ).train()  # fmt: skip
+    assert all(not state for _, state in begun[:3])
+    for round_index in (1, 2):
+        before = ended[3 * (round_index - 1) : 3 * round_index]
+        for task, state in begun[3 * round_index : 3 * round_index + 3]:
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                mean = sum(left["body.0.weight", key].double() for _, left in before) / 3
+                assert torch.allclose(state["body.0.weight", key].double(), mean, rtol=1e-6, atol=1e-8)
+            own = dict(before)[task][f"heads.{task}.weight", "step"]
+            assert state[f"heads.{task}.weight", "step"] == own + head_steps
+
+
 @pytest.mark.parametrize(
     ("spec", "weights"),
     [

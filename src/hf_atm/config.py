@@ -16,7 +16,7 @@ from .surgery import SURGERIES
 
 
 _CHOICES = {
-    "optimizer_policy": ("reset", "keep", "per_task", "per_task_second_moment"),
+    "optimizer_policy": ("reset", "keep", "per_task", "per_task_second_moment", "shared"),
     "lr_schedule_scope": ("segment", "run"),
     "lora_merge_mode": ("delta", "svd", "adapter"),
     "task_vector_origin": ("round", "start"),
@@ -121,7 +121,8 @@ class ATMArguments:
         default="reset",
         metadata={
             "help": "What an optimizer remembers from one segment to the next: 'reset' nothing, 'keep' everything, "
-            "'per_task' each task's own moments, 'per_task_second_moment' each task's second moment only."
+            "'per_task' each task's own moments, 'per_task_second_moment' each task's second moment only, 'shared' what all "
+            "tasks' moments were on average at the last merge."
         },
     )
     full_batch: bool = field(

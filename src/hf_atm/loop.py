@@ -134,7 +134,7 @@ class ATMLoop(LoopReport, ResumableLoop):
             hold=args.task_weights == "loss_gap" or args.diagnostics == "full",
             entrywise=args.moment_exponent > 0,
         )
-        self.memory = OptimizerMemory(args.optimizer_policy)
+        self.memory = OptimizerMemory(args.optimizer_policy, self.groups.shared.values())
         self.diagnostics = None
         if args.diagnostics != "off" and self.merging:
             self.diagnostics = RoundDiagnostics(args.diagnostics, space, self.rounds.anchored)
@@ -233,7 +233,7 @@ class ATMLoop(LoopReport, ResumableLoop):
         evaluating = self.seconds["evaluating"] - self._evaluating_before
         self.seconds["tuning"] += perf_counter() - self._segment_clock - evaluating
         if segment.settling:
-            self.memory.end(self.trainer.optimizer, segment.task)
+            self.memory.end(self.trainer.optimizer, segment.task, settling=True)
             self.groups.train_shared(True)
         else:
             control = self._close_tuning(segment, state, control)
@@ -264,6 +264,7 @@ class ATMLoop(LoopReport, ResumableLoop):
                 self.rounds.expert_heads[task] = self.groups.head_values(task)
             if self.plan.is_merge(state.global_step):
                 self.merge_record = self._merge(segment.round).to_dict()
+                self.memory.merge()
             else:
                 self.rounds.restore()
         except DivergenceError as error:
