@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 
 
@@ -91,4 +90,3 @@ if __name__ == "__main__":
         print("chosen:", best)
         compare(suite, parse_members(chosen), options.seeds, steps, output, print)
     print(f"{output}/comparison.md")
-    sys.exit(0)

@@ -44,6 +44,11 @@ def cosines(gram: Tensor) -> Tensor:
     return torch.where(products > 0, gram / products.clamp_min(torch.finfo(gram.dtype).tiny), 0.0).clamp(-1, 1)
 
 
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two tensors of one shape, float64, within `[-1, 1]`; 0 for a zero tensor."""
+    return float(cosines(gram_matrix([{"": a}, {"": b}]))[0, 1])
+
+
 class Sketch:
     """A small linear image of a task vector that keeps inner products on average.
 

@@ -9,8 +9,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_pt_utils import AcceleratorConfig
+
 from .checkpoint import write_json
-from .config import ATMConfig
 
 
 # Where a run writes, what it tells and how often changes nothing in its result.
@@ -21,27 +22,19 @@ _INCIDENTAL = (
 )
 
 
-def settings_of(args: ATMConfig) -> dict[str, Any]:
+def settings_of(args: Any) -> dict[str, Any]:
     """The settings that decide a run's result and differ from the defaults, as JSON has them."""
-    default = ATMConfig(output_dir=args.output_dir).to_dict()
-    values = {
-        name: value
-        for name, value in args.to_dict().items()
-        if not name.startswith(_INCIDENTAL) and value != default.get(name)
-    }
-    return as_json(values)
-
-
-def chosen_settings(args: Any) -> dict[str, Any]:
-    """As [`settings_of`], during a run too: no other arguments are made, which would reset the process's device state."""
-    defaults = {
+    # Making default arguments would be shorter, and would reset the device state of a run under way.
+    defaults: dict[str, Any] = {
         f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
     }
+    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    # The arguments take this one out as they are made.
+    defaults["accelerator_config"].pop("use_configured_state", None)
     return {
         name: value
         for name, value in as_json(args.to_dict()).items()
-        # How the host's launcher is set up is filled in with its own defaults.
-        if not name.startswith((*_INCIDENTAL, "accelerator_config"))
+        if not name.startswith(_INCIDENTAL)
         and name in defaults
         # Empty is how the arguments write None once they are made.
         and (value or None) != (as_json(getattr(defaults[name], "value", defaults[name])) or None)

@@ -17,7 +17,7 @@ from .checkpoint import load_tensors
 from .data import RoundDataset, head_step_counts, segment_length
 from .learning_rate import learning_rate_multiplier
 from .loop_checkpoint import ResumableLoop
-from .loop_diagnostics import RoundDiagnostics, midpoint_barriers
+from .loop_diagnostics import RoundDiagnostics
 from .loop_report import LoopReport, round_scalars
 from .lora import check_adapter_setup
 from .merge_report import DivergenceError, MergeReport
@@ -137,7 +137,7 @@ class ATMLoop(LoopReport, ResumableLoop):
         self.memory = OptimizerMemory(args.optimizer_policy, self.groups.shared.values())
         self.diagnostics = None
         if args.diagnostics != "off" and self.merging:
-            self.diagnostics = RoundDiagnostics(args.diagnostics, space, self.rounds.anchored)
+            self.diagnostics = RoundDiagnostics(args.diagnostics, space, self.groups.shared, self.rounds.anchored)
 
     def _reset_progress(self) -> None:
         self.seconds = {"tuning": 0.0, "merging": 0.0, "searching": 0.0, "evaluating": 0.0}
@@ -224,7 +224,7 @@ class ATMLoop(LoopReport, ResumableLoop):
         """Gradients are complete, and clipped, and not yet used."""
         position = self.plan.locate(state.global_step)
         if self.diagnostics is not None and not position.settling:
-            self.diagnostics.add_step(position.task, self.groups.shared, self.trainer.optimizer)
+            self.diagnostics.add_step(position.task, self.trainer.optimizer)
 
     def end_step(self, state: Any, control: Any) -> Any:
         segment = self.plan.closed_by(state.global_step)
@@ -284,27 +284,14 @@ class ATMLoop(LoopReport, ResumableLoop):
         weights = loss_gap_weights(self.loss_gaps, args.loss_gap_temperature) if self.loss_gaps else None
         searching = args.outer_learning_rate == "search"
         losses = partial(self.measure_losses, self.plan.tasks) if searching else None
-        observe = self._observe if self.diagnostics is not None else None
+        observe = None
+        if self.diagnostics is not None:
+            validation = self.trainer.validation_losses if self.trainer.eval_dataset else None
+            observe = partial(self.diagnostics.observe, self.rounds, validation)
         report = self.rounds.merge(round_index, weights, losses, observe)
         report.loss_gaps, report.searching = self.loss_gaps, self.searched
         self.loss_gaps, self.searched = {}, 0
         return report
-
-    def _observe(self, move: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Diagnostics of a merge about to be done; barriers where there are data to measure them on."""
-        assert self.diagnostics is not None
-        rounds = self.rounds
-        result = self.diagnostics.observe(rounds.vectors, rounds.sketches, move)
-        if self.args.diagnostics == "full" and self.trainer.eval_dataset:
-
-            def loss_at(task: str, share: float) -> float:
-                vector = rounds.vectors[task]
-                between = {name: (1 - share) * move[name] + share * vector[name] for name in move}
-                with rounds.space.probe(rounds.start, between):
-                    return self.trainer.validation_losses([task])[task]
-
-            result["barriers"] = midpoint_barriers(self.plan.tasks, loss_at)
-        return result
 
     def _close_round(self, state: Any, control: Any) -> Any:
         report = MergeReport(**{**self.merge_record, "seconds": dict(self.seconds)})

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 
+# In a checkpoint, beside the tasks; no task's name holds a slash.
+_COMMON, _SUMMED = "/common", "/summed"
+
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
@@ -82,8 +85,7 @@ class OptimizerMemory:
         """
         tensors: dict[str, Tensor] = {}
         values: dict[str, Any] = {}
-        # Names of tasks are never empty.
-        for task, state in {**self.states, "": self.common, " ": self.summed}.items():
+        for task, state in {**self.states, _COMMON: self.common, _SUMMED: self.summed}.items():
             if task == except_task:
                 continue
             values[task] = {}
@@ -121,7 +123,7 @@ class OptimizerMemory:
             # Unfused optimizers keep their step counters on the CPU.
             device = parameter.device if tensor.ndim or parameter in on_device else tensor.device
             states[task][parameter][slot] = tensor.to(device)
-        self.common, self.summed = states.pop("", {}), states.pop(" ", {})
+        self.common, self.summed = states.pop(_COMMON, {}), states.pop(_SUMMED, {})
         self.states = states
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from .identity import chosen_settings
+from .identity import settings_of
+from .ledger import cost_of
 from .parameters import base_model
 
 
@@ -28,7 +29,7 @@ def run_facts(trainer: Any) -> dict[str, Any]:
 
     Returns:
         `dict`: `model`, `examples`, `datasets` (Hub ids, for tasks whose data are known to come from there), `settings`
-        that are not defaults, `seed`, `steps`, `kept_step` (after which the weights were taken), `processes`, `hardware`, `versions`.
+        that are not defaults, `seed`, `steps`, `cost`, `kept_step` (after which the weights were taken), `processes`, `hardware`, `versions`.
     """
     args, model, best = trainer.args, trainer.model, trainer.state.best_global_step
     plain = base_model(model)
@@ -44,9 +45,10 @@ def run_facts(trainer: Any) -> dict[str, Any]:
         "datasets": {
             task: found for task, data in trainer.atm.datasets.items() if (found := hub_dataset(data)) is not None
         },
-        "settings": chosen_settings(args),
+        "settings": settings_of(args),
         "seed": args.seed,
         "steps": trainer.atm.plan.total_steps,
+        "cost": cost_of(trainer),
         "kept_step": best if args.load_best_model_at_end and best is not None else trainer.state.global_step,
         "batch": trainer.atm.global_batch,
         "processes": args.world_size,

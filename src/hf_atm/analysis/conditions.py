@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..geometry import cosine
+
 
 def size_loss_covariance(sizes: Mapping[str, int], losses: Mapping[str, float]) -> float:
     """
@@ -50,10 +52,3 @@ def gradient_identity(task_vector: Tensor, gradient: Tensor, learning_rate: floa
     if not norm:
         return None
     return cosine(vector, descent), float(torch.linalg.vector_norm(vector - descent)) / norm
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of two tensors of one shape, float64, in [-1, 1]; 0 where one of them is zero."""
-    a, b = a.double().reshape(-1), b.double().reshape(-1)
-    norms = float(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
-    return max(-1.0, min(1.0, float(a @ b) / norms)) if norms else 0.0

@@ -14,10 +14,10 @@ from typing import Any
 from ..checkpoint import checkpoints, recover, write_json
 from ..config import ATMConfig
 from ..identity import claim, settings_of, sizes_of
+from ..ledger import cost_of
 from ..merge_report import DivergenceError
 from ..trainer import ATMTrainer
 from .joint import JointTrainer
-from .ledger import cost_of
 from .members import Member
 from .one_shot import OneShotMerges
 from .presets import get_baseline

@@ -201,8 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
     card = commands.add_parser(
         "card",
         help="pictures and model card of a finished run",
-        description="Draws a run's pictures into figures/ and writes its model card, README.md, with metadata for the "
-        "Hub. Needs no network. Set eval_strategy and eval_experts in the run to have scores by round and experts.",
+        description="Draws a run's pictures into figures/ and writes its model card, with metadata for the Hub, in place of "
+        "README.md. Needs no network. Set eval_strategy and eval_experts in the run to have scores by round and experts.",
         parents=[common],
         allow_abbrev=False,
     )

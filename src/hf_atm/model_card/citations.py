@@ -11,7 +11,7 @@ _ENTRIES = {
     "ties": ("yadav2023ties", "{TIES}-Merging: Resolving Interference When Merging Models", "2306.01708", 2023),
     "dare": (
         "yu2023dare",
-        "Language Models are Super Mario: Absorbing Abilities from Homologous Models",
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
         "2311.03099",
         2023,
     ),

@@ -112,14 +112,12 @@ def method(facts: CardFacts) -> str:
 
 def cost(facts: CardFacts) -> str:
     """Steps, time, traffic, hardware."""
-    run, rounds = facts.run, facts.rounds
-    parts = {name: sum(record["seconds"].get(name, 0.0) for record in rounds) for name in rounds[-1]["seconds"]}
-    moved = 2 * len(facts.tasks) * run["model"]["shared_parameters"] * 4 * len(rounds)
-    spent = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in parts.items() if seconds >= 3)
+    run, ledger = facts.run, facts.run["cost"]
+    spent = [f"{name} {seconds / 60:.1f} min" for name, seconds in ledger["seconds_by_part"].items() if seconds >= 3]
     return (
-        f"{run['steps']:,} optimizer steps, {run['steps'] * run['batch']:,} examples; {spent or 'a few seconds'}; on "
-        f"{run['hardware']}, {run['processes']} process{'es' if run['processes'] > 1 else ''}. Had every task's data stayed in "
-        f"a place of its own, {moved / 1e6:,.0f} MB of weights would have travelled."
+        f"{ledger['optimizer_steps']:,} optimizer steps, {ledger['examples']:,} examples; {', '.join(spent) or 'a few seconds'}; "
+        f"on {run['hardware']}, {run['processes']} process{'es' if run['processes'] > 1 else ''}. Had every task's data stayed "
+        f"in a place of its own, {ledger['communicated_bytes'] / 1e6:,.0f} MB of weights would have travelled."
     )
 
 

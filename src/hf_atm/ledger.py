@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..trainer import ATMTrainer
 
-
-def shared_bytes(trainer: ATMTrainer) -> int:
+def shared_bytes(trainer: Any) -> int:
     """Bytes of the parameters that tasks share and training changes, as float32: what one message holds."""
     return 4 * sum(parameter.numel() for parameter in trainer.atm.groups.shared.values())
 
 
-def communicated_bytes(trainer: ATMTrainer) -> int:
+def communicated_bytes(trainer: Any) -> int:
     """Bytes that would travel if every task's data stayed in a place of its own, with a server in the middle.
 
     A merge takes T task vectors to the server (twice as much with `moment_exponent`, whose weights go along) and T
@@ -28,7 +26,7 @@ def communicated_bytes(trainer: ATMTrainer) -> int:
     return len(plan.tasks) * ((up + 1) * plan.num_rounds + candidates) * shared_bytes(trainer)
 
 
-def cost_of(trainer: ATMTrainer) -> dict[str, Any]:
+def cost_of(trainer: Any) -> dict[str, Any]:
     """The ledger of a run that has ended.
 
     Args:
