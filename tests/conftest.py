@@ -21,3 +21,37 @@ def _clean_state():
     torch.manual_seed(0)
     logging.warning_once.cache_clear()
     yield
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine, to which everything in this process that asks for the Hub speaks."""
+    import huggingface_hub
+    import transformers
+    from huggingface_hub import constants
+
+    from hf_atm import hub as hub_module
+
+    from .hub_server import OURS, READER, HubServer
+
+    server = HubServer(
+        {
+            OURS: {"name": "me", "orgs": ["lab"], "write": True},
+            READER: {"name": "me", "orgs": ["lab"], "write": False},
+        }
+    )
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    # The functions of the module are methods of an object that was made on import.
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", OURS)
+    # Waiting is left out, here and in the client's own repetitions.
+    monkeypatch.setattr(hub_module.time, "sleep", lambda seconds: None)
+    yield server
+    server.close()

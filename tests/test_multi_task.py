@@ -238,6 +238,7 @@ def test_private_sizes_are_reported_and_on_the_card(tmp_path):
     size = sum(p.numel() for name, p in bert().named_parameters() if "LayerNorm" in name)
     heads = {task: sum(p.numel() for p in bert().heads[task].parameters()) for task in SPECS}
     assert report["private_parameters"] == {task: {"head": heads[task], "modules": size} for task in SPECS}
+    trainer.save_model()
     trainer.create_model_card()
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()

@@ -19,9 +19,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from . import checkpoint, checks
-from .adapters import merged_state_dict, save_expert_adapters
 from .callbacks import LastWordCallback, RoundCallback
-from .cards import add_private_section
 from .data import TaskCollator, TaskDataset
 from .evaluation import EvaluationMixin, TaskMetrics
 from .hosts import (
@@ -35,15 +33,15 @@ from .hosts import (
 )
 from .learning_rate import set_head_rates
 from .loop import ATMLoop
-from .lora import LoraSpace
 from .parameters import base_model
+from .saving import SavingMixin
 from .seeding import derive_seed, isolated_rng
 
 
 _OTHER_TRAIN_SETS = "train/"
 
 
-class ATMMixin(EvaluationMixin):
+class ATMMixin(SavingMixin, EvaluationMixin):
     """Turns a Trainer into one that alternates tuning and merging; put it first among the bases.
 
     One call of `train()` is the whole run, one epoch is one round, one contiguous block of steps is one task. Works
@@ -371,7 +369,7 @@ class ATMMixin(EvaluationMixin):
                 if writes:
                     self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(os.path.join(run_dir, name))  # type: ignore[misc]
+            self._push_from_checkpoint(os.path.join(run_dir, name))
         if writes:
             rotate_checkpoints(
                 output_dir=run_dir,
@@ -379,46 +377,6 @@ class ATMMixin(EvaluationMixin):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # `_save_checkpoint` pushes once the checkpoint has its final name.
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the merged model, ready for `from_pretrained`.
-
-        With an adapter and `lora_merge_mode="delta"` that is the whole model, its weights holding the merged updates;
-        otherwise what the host saves. Adapters of the last round's experts go to `adapters/<task>/`.
-        """
-        space = self.atm.rounds.space
-        if _internal_call or not isinstance(space, LoraSpace):
-            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-            return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        host: Any = self
-        if space.mode == "delta":
-            # The host saves the plain model inside the adapter, under the names it has without one.
-            wrapped, host.model = host.model, base_model(host.model)
-            try:
-                host._save(output_dir, state_dict=merged_state_dict(wrapped, space))
-            finally:
-                host.model = wrapped
-        else:
-            super().save_model(output_dir, _internal_call=True)  # type: ignore[misc]
-        if self.args.should_save:
-            save_expert_adapters(host.model, self.atm.rounds, output_dir, self.args.hub_model_id or output_dir)
-        if self.args.push_to_hub:
-            host.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As the host's, with the tags `atm` and `model-merging`, and a word on what each task keeps to itself."""
-        tags = kwargs.get("tags") or []
-        kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "atm", "model-merging"]
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        if self.args.should_save:
-            sizes = self.atm.groups.private_sizes(self.atm.plan.tasks)
-            add_private_section(self.args.output_dir, self.args.task_specific_modules, sizes)
 
 
 class ATMTrainer(ATMMixin, Trainer):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_atm.cli.console import size
 from hf_atm.cli.main import main
-from hf_atm.cli.merge import size
 from hf_atm.merging import read_recipe
 
 from ..merging.checkpoints.testing_utils import load_checkpoint, write_models

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..hub import written_by_hf_atm
 from ..model_card import write_card
 
 
@@ -20,11 +21,26 @@ def card(run: str, options: Any, quiet: bool = False) -> int:
     Returns:
         `int`: 0.
     """
+    check_replaceable(Path(run), options.overwrite)
     levels = None if options.levels is None else read_levels(Path(options.levels))
     write_card(Path(run), options.name, options.repository, levels, options.license, options.language)
     if not quiet:
         print(f"{run}/README.md, and its pictures in {run}/figures")
     return 0
+
+
+def check_replaceable(run: Path, overwrite: bool) -> None:
+    """Refuses to write over a card that somebody wrote by hand.
+
+    Raises:
+        ValueError: naming the file and the way out.
+    """
+    path = run / "README.md"
+    if overwrite or not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    if written_by_hf_atm(text) is None and "generated_from_trainer" not in text:
+        raise ValueError(f"{str(path)!r} was not written by a program; move it, or replace it with --overwrite.")
 
 
 def read_levels(path: Path) -> dict[str, dict[str, float]]:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from .. import ATMTrainer, MultiTaskModel
 from ..checkpoint import write_json
 from ..modeling import MultiTaskConfig
-from .console import calm_libraries, calm_trainer, score_table
+from .console import calm_libraries, score_table
 from .experiment import Experiment, read_experiment
+from .progress import calm_trainer
 from .workbench import Workbench, build_workbench, check_model
 
 
@@ -22,8 +23,8 @@ def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> in
     """Runs the experiment of a YAML file and saves what comes of it.
 
     Written to the output directory, beside what the trainer writes: the model with its tokenizer or image processor,
-    `tasks/<task>/` with a stock model each if `export_tasks` is set, and `test_metrics.json` if tasks have a
-    `test_split`.
+    its card with pictures, `tasks/<task>/` with a stock model each if `export_tasks` is set, and `test_metrics.json` if
+    tasks have a `test_split`. With `push_to_hub` all of it goes to the Hub in one commit.
 
     Args:
         config (`str`): The file.
@@ -52,10 +53,10 @@ def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> in
     try:
         trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
     except FloatingPointError as error:
-        trainer.save_model()
+        trainer.save_merged()
         print(f"hf-atm: {error} It is saved in {args.output_dir}.", file=sys.stderr)
         return 1
-    trainer.save_model()
+    trainer.save_merged()
     tests = bench.split("test")
     metrics = trainer.evaluate(tests, metric_key_prefix="test") if tests else {}
     if trainer.is_world_process_zero():
@@ -63,8 +64,18 @@ def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> in
             export_tasks(trainer.model, bench, Path(args.output_dir) / "tasks")
         if tests:
             write_json(Path(args.output_dir) / "test_metrics.json", metrics)
+    publish(trainer)
+    if trainer.is_world_process_zero():
         _print_summary(trainer, bench, metrics)
     return 0
+
+
+def publish(trainer: ATMTrainer) -> None:
+    """Writes the model card and, if `push_to_hub` is set, uploads all that the run left, exports included."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card(model_name=Path(trainer.args.output_dir).absolute().name)
 
 
 def build_trainer(

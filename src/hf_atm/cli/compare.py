@@ -10,8 +10,9 @@ from ..baselines.cells import Suite
 from ..baselines.compare import FIGURE_NAME, RESULT_NAME, TABLE_NAME
 from ..baselines.compare import compare as run_comparison
 from ..baselines.members import Member, parse_members
-from .console import calm_libraries, calm_trainer
+from .console import calm_libraries
 from .experiment import Experiment, as_mapping, parse_settings, read_experiment
+from .progress import calm_trainer
 from .workbench import Workbench, build_model, build_workbench
 
 

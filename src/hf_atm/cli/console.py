@@ -1,21 +1,8 @@
-"""What the commands print: one progress bar and plain tables."""
+"""What the commands print: plain tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from transformers import PrinterCallback, ProgressCallback
-
-
-class QuietProgressCallback(ProgressCallback):
-    """The Trainer's progress bar over all rounds, without the dictionaries it writes at every log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        pass
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        pass
 
 
 def calm_libraries() -> None:
@@ -29,14 +16,6 @@ def calm_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated")
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-
-
-def calm_trainer(trainer: Any) -> None:
-    """Gives a trainer the quiet progress bar, or none where `disable_tqdm` is set."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(QuietProgressCallback)
 
 
 def score_table(columns: Sequence[str], rows: Mapping[str, Mapping[str, float]], title: str = "") -> str:
@@ -60,3 +39,12 @@ def score_table(columns: Sequence[str], rows: Mapping[str, Mapping[str, float]],
         cells = (f"{'-':>{w}}" if v is None else f"{v:>{w}.3f}" for v, w in zip(values, widths, strict=True))
         lines.append("  ".join([f"{row:<{first}}", *cells]))
     return "\n".join(lines)
+
+
+def size(nbytes: float) -> str:
+    """Bytes in the unit a person would choose."""
+    for unit in ("bytes", "KB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..continual import ContinualRun, ContinualSettings, ContinualSuite, Stage, run_stages
 from .commands import export_tasks, load_model
-from .console import calm_trainer, score_table
+from .console import score_table
 from .experiment import Experiment
+from .progress import calm_trainer
 from .workbench import Workbench, build_model, build_workbench
 
 

@@ -29,6 +29,7 @@ from transformers import (
 from .. import ATMConfig, ATMTrainer, MultiTaskModel
 from ..checkpoint import write_json
 from ..metrics import build_compute_metrics
+from ..model_card import write_card
 from ..tasks import make_image_processor
 from .console import calm_libraries, score_table
 from .demo_data import BASE_LABELS, LABELS, QUESTIONS, SIZE, Labelled, build_data
@@ -115,6 +116,8 @@ def run_demo(output: str, seed: int = 0, rounds: int = 20, steps: int = 12, quie
         seconds = time.perf_counter() - started
         facts = {"seed": seed, "rounds": rounds, "steps": steps, "seconds": seconds, "scores": rows}
         write_json(Path(trainer.args.output_dir, _MARK), facts)
+        levels = {name: rows[name] for name in ("one-shot merge", "experts, one each")}
+        write_card(Path(trainer.args.output_dir), name=folder.name, repository=str(folder), levels=levels)
         _move(Path(trainer.args.output_dir), folder)
     print("\n" + score_table(tasks, _readable(rows, rounds), "test accuracy"))
     print(
@@ -122,7 +125,7 @@ def run_demo(output: str, seed: int = 0, rounds: int = 20, steps: int = 12, quie
         f"\n{budget} steps per task from the same base; the experts are five models, every other row is one."
     )
     print(
-        f"\n{seconds:.0f} s. The merged model is in {folder}, and loads in plain transformers, one task at a time:\n"
+        f"\n{seconds:.0f} s. The merged model and its card are in {folder}, and it loads in plain transformers, one task at a time:\n"
     )
     print("    from transformers import pipeline")
     print(f'    classify = pipeline("image-classification", model="{folder}/tasks/digit")')

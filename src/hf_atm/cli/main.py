@@ -57,6 +57,13 @@ that sum's effective rank. Nothing is merged, and only a few tensors are in memo
 
     hf-atm inspect google-bert/bert-base-uncased ./sst2 ./cola --output inspection.json"""
 
+_PUSH_HELP = """\
+Uploads a folder in one commit: model, heads, exports in tasks/, adapters, card, figures, reports. Checkpoints and
+unfinished files stay here, and nothing here is changed. A new repository is private. The token is that of
+`hf auth login` or HF_TOKEN.
+
+    hf-atm push runs/glue me/glue-atm"""
+
 _MERGE_HELP = """\
 Merges what a recipe names, tensor by tensor, without loading a model. The result appears under its name only when it is
 whole and verified; an interrupted merge goes on where it stopped when the same command runs again.
@@ -211,11 +218,27 @@ def build_parser() -> argparse.ArgumentParser:
     card.add_argument("--repository", metavar="ID", help="Hub id that the card's code loads from (default: the name)")
     card.add_argument("--license", help="such as apache-2.0")
     card.add_argument("--language", nargs="+", help="such as en")
+    card.add_argument("--overwrite", action="store_true", help="replace a README.md that no program wrote")
     card.add_argument(
         "--levels",
         metavar="FILE.json",
         help="scores of other methods to show: a comparison.json, or {name: {task: score}}",
     )
+
+    push = commands.add_parser(
+        "push",
+        help="upload a finished run or merge to the Hub",
+        description=_PUSH_HELP,
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    push.add_argument("folder", metavar="FOLDER", help="output_dir of a run, or what hf-atm merge wrote")
+    push.add_argument("repository", metavar="ID", help="such as me/glue-atm")
+    push.add_argument("--public", action="store_true", help="make a new repository public")
+    push.add_argument("--revision", metavar="BRANCH", help="made if it does not exist (default: the main branch)")
+    push.add_argument("--commit-message", default="Upload from hf-atm", metavar="TEXT", help="default: %(default)s")
+    push.add_argument("--dry-run", action="store_true", help="list the files, upload nothing")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -269,6 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .card import card
 
             return card(args.run, args, quiet)
+        if args.command == "push":
+            from .push import push_folder
+
+            return push_folder(args.folder, args.repository, args, quiet)
         if args.command == "compare":
             from .compare import compare
 

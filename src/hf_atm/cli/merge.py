@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .console import size
+
 
 def merge(recipe: str, output: str, options: Any, quiet: bool = False) -> int:
     """Merges what a recipe names and prints what came of it.
@@ -83,12 +85,3 @@ def describe_adapters(result: Any, output: str, dry_run: bool) -> str:
         "nothing was written" if dry_run else f"written to {output}",
     ]
     return "\n".join(lines)
-
-
-def size(nbytes: float) -> str:
-    """Bytes in the unit a person would choose."""
-    for unit in ("bytes", "KB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

@@ -10,7 +10,7 @@ from .. import MultiTaskModel
 from ..checkpoint import write_json
 from ..refine import Refinement, refine_arguments, split_for_refining
 from ..refine import refine as run_refinement
-from .commands import build_trainer, export_or_refuse, export_tasks, load_model, resume_value
+from .commands import build_trainer, export_or_refuse, export_tasks, load_model, publish, resume_value
 from .console import calm_libraries, score_table
 from .experiment import read_experiment
 from .workbench import Workbench, build_workbench
@@ -70,7 +70,7 @@ def refine(
     experiment.args = refine_arguments(args, has_metrics="compute_metrics" in bench.trainer_kwargs)
     trainer = build_trainer(experiment, bench, tune, choose)
     result = run_refinement(trainer, resume_value(args.resume_from_checkpoint))
-    trainer.save_model()
+    trainer.save_merged()
     tests = bench.split("test")
     metrics = trainer.evaluate(tests, metric_key_prefix="test") if tests else {}
     if trainer.is_world_process_zero():
@@ -78,6 +78,8 @@ def refine(
             export_tasks(trainer.model, bench, Path(args.output_dir) / "tasks")
         facts = {**result.to_dict(), "tuned_on": {task: len(part) for task, part in tune.items()}, "test": metrics}
         write_json(Path(args.output_dir) / REPORT_NAME, facts)
+    publish(trainer)
+    if trainer.is_world_process_zero():
         _print(trainer, bench, result, metrics)
     return 0
 

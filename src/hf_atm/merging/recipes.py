@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..hub import check_upload, push
 from .checkpoints.merge import CheckpointMerge, merge_checkpoints
 from .checkpoints.processes import Processes
 from .checkpoints.reader import is_adapter, resolve_model
 from .checkpoints.recipe import DTYPES, MergeRecipe, read_recipe, with_dtype
 from .checkpoints.staging import check_output
-from .hub import check_upload, push
 
 
 if TYPE_CHECKING:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..card_parts import citations
 from ..figures import draw_cosines, draw_interference, draw_rounds, draw_scores
+from ..hub import card_mark
 from . import sections
-from .citations import citations
 from .facts import CardFacts, read_facts
 
 
@@ -25,6 +26,7 @@ def write_card(
     levels: Mapping[str, dict[str, float]] | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
+    tags: Sequence[str] = (),
 ) -> ModelCard:
     """
     Draws a run's pictures and writes its card, `README.md`. Needs no network.
@@ -39,8 +41,8 @@ def write_card(
         levels (`Mapping[str, dict[str, float]]`, *optional*):
             Scores of other methods on the same validation data, by name and task: columns of the table, and lines in
             the picture of the rounds.
-        license, language (*optional*):
-            For the metadata.
+        license, language, tags (*optional*):
+            For the metadata; tags beside the card's own.
 
     Returns:
         `ModelCard`: as it was written.
@@ -50,7 +52,7 @@ def write_card(
     """
     facts = read_facts(folder, name, levels)
     pictures = draw_pictures(facts, folder / FIGURES)
-    card = render(facts, repository or facts.name, pictures, license, language)
+    card = render(facts, repository or facts.name, pictures, license, language, tags)
     beside = folder / "README.md.tmp"
     beside.write_text(str(card), encoding="utf-8")
     beside.replace(folder / "README.md")
@@ -63,6 +65,7 @@ def render(
     pictures: Mapping[str, str] | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
+    tags: Sequence[str] = (),
 ) -> ModelCard:
     """The card as an object.
 
@@ -70,11 +73,12 @@ def render(
         facts ([`CardFacts`]): what to say.
         repository (`str`): where the code loads from.
         pictures (`Mapping[str, str]`, *optional*): caption by path.
-        license, language (*optional*): for the metadata.
+        license, language, tags (*optional*): for the metadata.
     """
     return ModelCard.from_template(
-        metadata(facts, license, language),
+        metadata(facts, license, language, tags),
         template_path=str(_TEMPLATE),
+        mark=card_mark(repository),
         name=facts.name,
         summary=sections.summary(facts),
         usage=sections.usage(facts, repository),
@@ -84,12 +88,18 @@ def render(
         settings=sections.settings(facts),
         cost=sections.cost(facts),
         limits=sections.limits(facts),
+        private=sections.private(facts),
         files=sections.files(facts),
-        citation=citations(facts.run["settings"], facts.rounds[-1]["method"]),
+        citation=citations(["atm", facts.rounds[-1]["method"]], facts.run["settings"]),
     )
 
 
-def metadata(facts: CardFacts, license: str | None = None, language: str | list[str] | None = None) -> ModelCardData:
+def metadata(
+    facts: CardFacts,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    tags: Sequence[str] = (),
+) -> ModelCardData:
     """What the Hub indexes: library, base model, data sets, metrics, tags and one result per task."""
     run, record = facts.run, facts.scored
     names = record["metric_names"] if record else {}
@@ -97,7 +107,8 @@ def metadata(facts: CardFacts, license: str | None = None, language: str | list[
         "license": license,
         "language": language,
         "library_name": "peft" if facts.is_adapter else "transformers",
-        "tags": ["atm", "model-merging", "multi-task"],
+        # The Trainer's tag says who wrote a card.
+        "tags": sorted({"atm", "model-merging", "multi-task", *tags} - {"generated_from_trainer"}),
         "datasets": sorted(set(run["datasets"].values())) or None,
         "metrics": sorted(set(names.values())) or None,
         "base_model": None if run["model"]["is_local"] else run["model"]["base_model"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from ..card_parts import auto_class, code_block, table
 from .facts import CardFacts
 
 
@@ -27,20 +28,16 @@ def usage(facts: CardFacts, repository: str) -> str:
     """Code that loads the model with stock classes."""
     if facts.is_adapter:
         base = facts.config.get("base_model_name_or_path") or "BASE_MODEL"
-        return _code(
+        return code_block(
             f'from peft import AutoPeftModel\n\nmodel = AutoPeftModel.from_pretrained("{repository}")  # on {base}'
         )
     if facts.exports:
         task, architecture = next(iter(facts.exports.items()))
-        auto, side = (
-            ("AutoModelForImageClassification", "AutoImageProcessor")
-            if "Image" in architecture
-            else ("AutoModelForSequenceClassification", "AutoTokenizer")
-        )
+        auto, side = auto_class(architecture), "AutoImageProcessor" if "Image" in architecture else "AutoTokenizer"
         folders = ", ".join(f"`tasks/{name}`" for name in facts.exports)
         return (
             f"Every task is a stock transformers model in a folder of its own: {folders}.\n\n"
-            + _code(
+            + code_block(
                 f"from transformers import {', '.join(sorted((auto, side)))}\n\n"
                 f'model = {auto}.from_pretrained("{repository}", subfolder="tasks/{task}")\n'
                 f'processor = {side}.from_pretrained("{repository}", subfolder="tasks/{task}")'
@@ -50,20 +47,15 @@ def usage(facts: CardFacts, repository: str) -> str:
         )
     if "tasks" in facts.config:
         return _multi_task(repository, facts.tasks[0])
-    architecture = (facts.config.get("architectures") or ["AutoModel"])[0]
-    auto = "AutoModelForCausalLM" if "CausalLM" in architecture or "LMHead" in architecture else "AutoModel"
-    return _code(f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repository}")')
+    auto = auto_class((facts.config.get("architectures") or [""])[0])
+    return code_block(f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repository}")')
 
 
 def _multi_task(repository: str, task: str) -> str:
-    return _code(
+    return code_block(
         f'from hf_atm import MultiTaskModel\n\nmodel = MultiTaskModel.from_pretrained("{repository}")\n'
         f'single = model.to_task_model("{task}")  # a stock transformers model'
     )
-
-
-def _code(text: str) -> str:
-    return f"```python\n{text}\n```"
 
 
 def results(facts: CardFacts) -> str:
@@ -85,7 +77,7 @@ def results(facts: CardFacts) -> str:
         if task in record["metric_names"]
     ]
     rows.append(["**average**", "", *(_number(_mean(column, facts.tasks)) for column in columns.values())])
-    text = _table(header, rows)
+    text = table(header, rows)
     if "expert_scores" in record and record["expert_scores"]:
         text += "\n\nAn expert is the model that one task had tuned when the last merge was made."
     return text
@@ -94,7 +86,7 @@ def results(facts: CardFacts) -> str:
 def settings(facts: CardFacts) -> str:
     """Everything that was not left at its default."""
     rows = [[f"`{name}`", f"`{json.dumps(value)}`"] for name, value in sorted(facts.run["settings"].items())]
-    return _table(["setting", "value"], rows) if rows else "All settings were left at their defaults."
+    return table(["setting", "value"], rows) if rows else "All settings were left at their defaults."
 
 
 def method(facts: CardFacts) -> str:
@@ -121,6 +113,20 @@ def cost(facts: CardFacts) -> str:
     )
 
 
+def private(facts: CardFacts) -> str:
+    """What each task keeps to itself; empty when that is nothing."""
+    sizes = facts.report.get("private_parameters", {})
+    if not any(sum(parts.values()) for parts in sizes.values()):
+        return ""
+    rows = [[task, f"{parts['head']:,}", f"{parts['modules']:,}"] for task, parts in sizes.items()]
+    text = table(["task", "head", "private modules"], rows)
+    patterns = facts.run["settings"].get("task_specific_modules")
+    if patterns:
+        named = ", ".join(f"`{pattern}`" for pattern in patterns)
+        text += f"\n\nPrivate modules are the backbone's parameters that match {named}."
+    return text + "\n\nAll other parameters are shared, and were merged after every round."
+
+
 def limits(facts: CardFacts) -> str:
     """What the numbers do not say, and the weakest task."""
     record, lines = facts.scored, []
@@ -141,7 +147,7 @@ def files(facts: CardFacts) -> str:
     """Hashes and versions."""
     rows = [[f"`{name}`", f"`{digest}`"] for name, digest in facts.hashes.items()]
     versions = ", ".join(f"{name} {version}" for name, version in facts.run["versions"].items())
-    return (_table(["file", "SHA-256"], rows) + "\n\n" if rows else "") + f"Made with {versions}."
+    return (table(["file", "SHA-256"], rows) + "\n\n" if rows else "") + f"Made with {versions}."
 
 
 def _mean(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
@@ -151,8 +157,3 @@ def _mean(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..card import MergedModel, MergeFacts, merge_card
 from .reading import WEIGHTS_NAME
 
 
@@ -24,16 +25,6 @@ RECORD_NAME = "merge_config.json"
 UPDATE_NAME = "update.safetensors"
 SAVED_NAME = "saved_modules.safetensors"
 TASKS_NAME = "tasks"
-
-_CARD = """---
-{metadata}---
-
-# Merged adapter
-
-{inputs} merged by `{method}`. `{record}` holds the parameters, versions and checksums.
-
-{use}
-"""
 
 
 def check_folder(folder: str | os.PathLike) -> None:
@@ -80,11 +71,12 @@ def write_folder(result: AdapterMerge, folder: str | os.PathLike) -> None:
                 _write_tensors(place / SAVED_NAME, head)
         if result.deltas:
             _write_tensors(beside / UPDATE_NAME, result.deltas)
-        record = {**result.report, "versions": _versions()}
+        versions = _versions()
+        record = {**result.report, "versions": versions}
         # Statistics and the like are named, not copied.
         text = json.dumps(record, indent=2, allow_nan=False, default=lambda value: f"<{type(value).__name__}>")
         (beside / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
-        (beside / "README.md").write_text(_card(result), encoding="utf-8")
+        (beside / "README.md").write_text(merge_card(_facts(result, Path(folder).name, versions)), encoding="utf-8")
 
 
 @contextmanager
@@ -132,20 +124,24 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _card(result: AdapterMerge) -> str:
-    base = result.config.base_model_name_or_path if result.config is not None else None
-    lines = ["library_name: peft", "tags: [lora, model-merging]"]
-    if base and not os.path.exists(base):
-        lines.insert(0, f"base_model: {json.dumps(base)}")
-    use = ["Load it with `PeftModel.from_pretrained(base_model, folder)`." if result.config is not None else ""]
+def _facts(result: AdapterMerge, name: str, versions: Mapping[str, str]) -> MergeFacts:
+    report, notes = result.report, []
     if result.heads:
-        use.append(f"Each folder in `{TASKS_NAME}` is the same adapter with the head of one task.")
+        notes.append(f"Each folder in `{TASKS_NAME}` is the same adapter with the head of one task.")
     if result.deltas:
-        use.append(f"`{UPDATE_NAME}` holds updates that are added to the base model's weights of the same names.")
-    return _CARD.format(
-        metadata="".join(f"{line}\n" for line in lines),
-        inputs=f"{len(result.report['inputs'])} LoRA adapters",
-        method=result.report["method"],
+        notes.append(f"`{UPDATE_NAME}` holds updates that are added to the base model's weights of the same names.")
+    load = f'from safetensors.torch import load_file\n\nupdate = load_file("{UPDATE_NAME}")'
+    return MergeFacts(
+        name=name,
+        method=report["method"],
+        inputs=[
+            MergedModel(entry["name"], entry["source"], entry["weight"], entry["sha256"]) for entry in report["inputs"]
+        ],
+        base=result.config.base_model_name_or_path if result.config is not None else None,
+        parameters=report["parameters"],
+        versions=versions,
+        is_adapter=True,
+        usage="" if result.config is not None else load,
         record=RECORD_NAME,
-        use=" ".join(part for part in use if part),
+        notes=notes,
     )

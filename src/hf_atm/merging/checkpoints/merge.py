@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..hub import check_upload, push
+from ...hub import check_upload, push
 from .costs import peak_memory
 from .job import Job, check_disk, open_job
 from .processes import Processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 import xxhash
 
+from ..card import MergedModel, MergeFacts, merge_card
 from .job import Job
-from .staging import RECORD_NAME, Journal
+from .staging import RECORD_NAME, STAGING_SUFFIX, Journal
 
 
 def write_record(job: Job, folder: Path, journal: Journal, reloaded: str) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def write_record(job: Job, folder: Path, journal: Journal, reloaded: str) -> dic
     }
     text = json.dumps(record, indent=2, default=str) + "\n"
     (folder / RECORD_NAME).write_text(text, encoding="utf-8")
-    (folder / "README.md").write_text(_card(job), encoding="utf-8")
+    (folder / "README.md").write_text(merge_card(_facts(job, folder, record)), encoding="utf-8")
     return record
 
 
@@ -81,38 +83,21 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _card(job: Job) -> str:
-    recipe = job.recipe
-    hub = [model for model in (recipe.base_model, *(model.model for model in recipe.models)) if _on_hub(model)]
-    head = ["---", "library_name: transformers", "tags:", "- hf-atm", "- model-merging"]
-    if hub:
-        head += ["base_model:", *(f"- {model}" for model in dict.fromkeys(hub)), "base_model_relation: merge"]
-    rows = [f"| {model.name} | {model.weight:g} |" for model in recipe.models]
-    base = f" on top of `{Path(recipe.base_model).name}`" if recipe.base_model else ""
-    settings = ", ".join(f"`{key}={value}`" for key, value in sorted(recipe.parameters.items())) or "defaults"
-    return "\n".join(
-        [
-            *head,
-            "---",
-            "",
-            "# Merged model",
-            "",
-            f"{len(recipe.models)} models merged by `{recipe.merge_method}`{base} ({settings}).",
-            "",
-            "| model | weight |",
-            "|---|---|",
-            *rows,
-            "",
-            f"Recipe, digests of all inputs and versions: `{RECORD_NAME}`.",
-            "",
-        ]
-    )
-
-
-def _on_hub(model: str | None) -> bool:
-    return (
-        model is not None
-        and model.count("/") == 1
-        and not model.startswith((".", "/", "~"))
-        and not Path(model).exists()
+def _facts(job: Job, folder: Path, record: Mapping[str, Any]) -> MergeFacts:
+    recipe, config = job.recipe, folder / "config.json"
+    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") if config.is_file() else None
+    return MergeFacts(
+        name=folder.name.removesuffix(STAGING_SUFFIX),
+        method=recipe.merge_method,
+        inputs=[
+            MergedModel(model.name, model.model, model.weight, record["inputs"][model.name]["xxh3_128"])
+            for model in recipe.models
+        ],
+        base=recipe.base_model,
+        parameters=recipe.parameters,
+        versions=record["versions"],
+        architecture=(architectures or [""])[0],
+        digest="XXH3-128 of its tensors",
+        record=RECORD_NAME,
+        notes=job.notes,
     )

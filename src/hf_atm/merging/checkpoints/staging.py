@@ -15,6 +15,7 @@ import xxhash
 STATE_NAME = "merge_in_progress.json"
 RECORD_NAME = "merge_config.json"
 SCRATCH_NAME = "vectors.scratch"
+STAGING_SUFFIX = ".incomplete"
 
 # The state of a merge whose files do not all exist yet.
 _NEW_STATE = f"{STATE_NAME}.tmp"
@@ -22,7 +23,7 @@ _NEW_STATE = f"{STATE_NAME}.tmp"
 
 def staging_folder(output: Path) -> Path:
     """Where a merge for `output` is put together."""
-    return output.with_name(f"{output.name}.incomplete")
+    return output.with_name(f"{output.name}{STAGING_SUFFIX}")
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:

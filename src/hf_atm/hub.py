@@ -1,0 +1,221 @@
+"""Uploads of finished folders to the Hub: looked at before long work, one commit, retried, private unless asked."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+# Checkpoints and unfinished files; training_args.bin is a pickle, and holds the token if one was passed.
+LEFT_OUT = ("checkpoint-*", "_*", ".*", "*.tmp", "*.incomplete", "training_args.bin")
+ATTEMPTS = 3
+_CARD_MARK = re.compile(r'<!-- Written by hf-atm for "([^"\n]+)"')
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
+_T = TypeVar("_T")
+
+
+def card_mark(repository: str) -> str:
+    """The line in a card by which hf-atm knows its own, and what the card's code loads.
+
+    Args:
+        repository (`str`): Hub id or folder.
+    """
+    return f'<!-- Written by hf-atm for "{repository}". Without this line hf-atm leaves the file alone. -->'
+
+
+def written_by_hf_atm(card: str) -> str | None:
+    """What the code of a card of ours loads; `None` for a card of somebody else.
+
+    Args:
+        card (`str`): its text.
+    """
+    found = _CARD_MARK.search(card)
+    return found.group(1) if found else None
+
+
+def check_upload(repo_id: str, token: str | None = None) -> None:
+    """
+    Finds out before long work whether its result can be uploaded: the id is one, and belongs to whom the token does.
+
+    Args:
+        repo_id (`str`): Hub id; without a namespace, the user's.
+        token (`str`, *optional*): the one that is logged in by default.
+
+    Raises:
+        `ValueError`: for an id that the Hub does not take, or another's namespace.
+        `OSError`: without a token, for one that is not valid, or where the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no Hub id such as 'me/merged': {error}") from error
+    try:
+        known = HfApi().whoami(token=token)
+    except Exception as error:
+        raise OSError(f"{repo_id!r} cannot be uploaded to: {_reason(error, token)}") from error
+    owners = [known["name"], *(org["name"] for org in known.get("orgs", []))]
+    owner = repo_id.split("/")[0]
+    if "/" in repo_id and owner.lower() not in map(str.lower, owners):
+        allowed = ", ".join(f"{name}/{repo_id.split('/')[1]}" for name in owners)
+        raise ValueError(
+            f"{repo_id!r} is in the namespace of {owner!r}, where the token of {known['name']!r} may not write; choose "
+            f"{allowed}."
+        )
+
+
+def files_to_push(folder: Path, leave_out: Sequence[str] = ()) -> list[Path]:
+    """
+    What an upload takes: everything but checkpoints, hidden, private and unfinished files, and pickled arguments.
+
+    Args:
+        folder (`Path`): a run's or a merge's.
+        leave_out (`Sequence[str]`, *optional*): patterns of further names of files and folders.
+
+    Returns:
+        `list[Path]`: sorted, relative to the folder.
+
+    Raises:
+        `FileNotFoundError`: when the folder is missing or holds no model.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}; name the folder of a run or a merge.")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no config.json or adapter_config.json; save a model there first."
+        )
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    patterns = (*LEFT_OUT, *leave_out)
+    return sorted(
+        path
+        for path in found
+        if not any(fnmatch.fnmatchcase(part, pattern) for part in path.parts for pattern in patterns)
+    )
+
+
+def push(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool = True,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload from hf-atm",
+    path_in_repo: str = "",
+    leave_out: Sequence[str] = (),
+) -> CommitInfo:
+    """
+    Uploads a finished folder to the Hub in one commit. Nothing in the folder is changed.
+
+    A card that hf-atm wrote says in the repository that its code loads from there, whatever it says in the folder. The
+    commit is made whole or not at all; errors that may pass (network, limits, faults of the server) are retried.
+
+    Args:
+        folder (`str` or `PathLike`): the folder.
+        repo_id (`str`): Hub id; made if it does not exist.
+        private (`bool`, *optional*, defaults to `True`): whether it becomes private then.
+        token (`str`, *optional*): the one that is logged in by default.
+        revision (`str`, *optional*): branch to commit to, made if it does not exist; the main one by default.
+        commit_message (`str`, *optional*): what the history says.
+        path_in_repo (`str`, *optional*): folder of the repository; its top by default.
+        leave_out (`Sequence[str]`, *optional*): as in [`files_to_push`].
+
+    Returns:
+        `CommitInfo`: with the commit's address.
+
+    Raises:
+        `FileNotFoundError`: for a folder without a model.
+        `OSError`: if the upload fails; says what is on the Hub by then, and how to try again.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    folder, api = Path(folder), HfApi()
+    names = files_to_push(folder, leave_out)
+    state = "nothing was uploaded"
+    try:
+        repo = _retried(lambda: api.create_repo(repo_id, private=private, exist_ok=True, token=token))
+        full = repo.repo_id
+        state = f"the repository {full} exists, and nothing was committed to it"
+        if revision is not None:
+            _retried(lambda: api.create_branch(full, branch=revision, exist_ok=True, token=token))
+        operations = [
+            CommitOperationAdd(
+                (PurePosixPath(path_in_repo) / name.as_posix()).as_posix(), _content(folder / name, full)
+            )
+            for name in names
+        ]
+        return _retried(
+            lambda: api.create_commit(full, operations, commit_message=commit_message, token=token, revision=revision)
+        )
+    except Exception as error:
+        raise OSError(
+            f"{str(folder)!r} is whole, but its upload to {repo_id!r} failed, and {state}: {_reason(error, token)} "
+            f"Try again with: hf-atm push {folder} {repo_id}"
+        ) from error
+
+
+def _content(path: Path, repo_id: str) -> str | bytes:
+    """A file's path, or the text of our own card with its code loading from the repository."""
+    if path.name != "README.md":
+        return str(path)
+    text = path.read_text(encoding="utf-8")
+    loads = written_by_hf_atm(text)
+    return str(path) if loads is None else text.replace(f'"{loads}"', f'"{repo_id}"').encode()
+
+
+def _retried(call: Callable[[], _T]) -> _T:
+    """A call's value; errors that may pass are waited out a few times."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except Exception as error:
+            if attempt == ATTEMPTS or not _may_pass(error):
+                raise
+            time.sleep(2.0 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _may_pass(error: Exception) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = _status(error)
+    if status is not None:
+        return status in (408, 429) or status >= 500
+    # The client's own errors of the connection; its name differs between versions of the Hub's library.
+    return not isinstance(error, OfflineModeIsEnabled) and type(error).__module__.split(".")[0].startswith("httpx")
+
+
+def _reason(error: Exception, token: str | None) -> str:
+    """One sentence on an error, without tokens."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    status = _status(error)
+    if isinstance(error, LocalTokenNotFoundError):
+        return "nobody is logged in; run `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it."
+    if status == 401:
+        return "the Hub does not accept the token; run `hf auth login` with one that may write."
+    if status == 403:
+        return "the token may not write there; use one with write access, or another repository."
+    if status is None and _may_pass(error):
+        return f"the Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__})."
+    text = " ".join(str(error).split())
+    if token:
+        text = text.replace(token, "[token]")
+    return _TOKEN.sub("[token]", text).rstrip(".") + "."
