@@ -32,7 +32,7 @@ def test_module_and_version():
 def test_commands():
     text = build_parser().format_help()
     assert all(name in text for name in ("demo", "train", "evaluate", "inspect", "card"))
-    assert "landscape" not in text
+    assert "landscape" in text and "push" in text
 
 
 @pytest.mark.parametrize("arguments", [[], ["merge"], ["demo", "--fast"], ["train"]])

@@ -16,7 +16,7 @@ from ..modeling import MultiTaskConfig
 from .console import calm_libraries, score_table
 from .experiment import Experiment, read_experiment
 from .progress import calm_trainer
-from .workbench import Workbench, build_workbench, check_model
+from .workbench import Workbench, build_workbench, check_model, keep_heads
 
 
 def train(config: str, overrides: Sequence[str] = (), quiet: bool = False) -> int:
@@ -212,11 +212,7 @@ def _evaluate(
     }
     data, kwargs = bench.split(split), dict(bench.trainer_kwargs)
     if isinstance(model, MultiTaskModel) or "causal_lm" in experiment.model:
-        rest = set(getattr(model, "heads", ())) - set(data)
-        for task in rest:
-            del model.heads[task]
-        if rest:
-            model.config.tasks = {task: model.config.tasks[task] for task in model.heads}
+        keep_heads(model, data)
         args = ATMConfig(local_steps=1, dataloader_drop_last=False, **settings)
         trainer: Any = ATMTrainer(
             model, args, train_dataset=data, eval_dataset=data, processing_class=bench.processing_class, **kwargs

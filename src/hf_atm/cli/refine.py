@@ -13,7 +13,7 @@ from ..refine import refine as run_refinement
 from .commands import build_trainer, export_or_refuse, export_tasks, load_model, publish, resume_value
 from .console import calm_libraries, score_table
 from .experiment import read_experiment
-from .workbench import Workbench, build_workbench
+from .workbench import Workbench, build_workbench, keep_heads
 
 
 REPORT_NAME = "refine.json"
@@ -109,9 +109,7 @@ def _fit_heads(bench: Workbench, name: str, sources: dict[str, str], pooling: st
     missing = [task for task in heads if task not in model.heads]
     if missing:
         raise KeyError(f"model {name!r} has no task {missing[0]!r}; its tasks are {', '.join(model.heads)}")
-    for task in set(model.heads) - set(heads):
-        del model.heads[task]
-    model.config.tasks = {task: spec for task, spec in model.config.tasks.items() if task in heads}
+    keep_heads(model, heads)
     for task, source in sources.items():
         model.load_head(task, source)
 

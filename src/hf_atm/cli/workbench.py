@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -77,6 +77,15 @@ def build_workbench(
     if model is None and with_model:
         model = build_model(spec, tasks)
     return Workbench(model, tasks, processor, kwargs)
+
+
+def keep_heads(model: Any, tasks: Collection[str]) -> None:
+    """Drops the heads of other tasks from a multi-task model; a model without heads stays as it is."""
+    heads = getattr(model, "heads", {})
+    for task in set(heads) - set(tasks):
+        del heads[task]
+    if heads:
+        model.config.tasks = {task: spec for task, spec in model.config.tasks.items() if task in heads}
 
 
 def check_model(source: str) -> Any:

@@ -23,7 +23,7 @@ def write_card(
     folder: Path,
     name: str | None = None,
     repository: str | None = None,
-    levels: Mapping[str, dict[str, float]] | None = None,
+    levels: Mapping[str, Mapping[str, float]] | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
     tags: Sequence[str] = (),
@@ -38,7 +38,7 @@ def write_card(
             What to call the model; the folder's name by default.
         repository (`str`, *optional*):
             Hub id that the code in the card loads from; the name by default.
-        levels (`Mapping[str, dict[str, float]]`, *optional*):
+        levels (`Mapping[str, Mapping[str, float]]`, *optional*):
             Scores of other methods on the same validation data, by name and task: columns of the table, and lines in
             the picture of the rounds.
         license, language, tags (*optional*):
@@ -151,7 +151,7 @@ def _task_type(facts: CardFacts, task: str) -> str:
 
 def draw_pictures(facts: CardFacts, folder: Path) -> dict[str, str]:
     """
-    The pictures that a run's report has numbers for, as PNG and SVG.
+    The pictures that a run's report has numbers for, as PNG and SVG, and the landscape if it was drawn before.
 
     Args:
         facts ([`CardFacts`]):
@@ -182,4 +182,6 @@ def draw_pictures(facts: CardFacts, folder: Path) -> dict[str, str]:
     layers = last.get("diagnostics", {}).get("task_vectors", {}).get("layers", {})
     if layers and draw_interference(layers, folder / "interference"):
         captions["interference"] = "Interference between tasks, by layer"
+    if (folder / "landscape.png").is_file():
+        captions["landscape"] = "Loss over the plane of the start, the merged model and an expert"
     return {f"{folder.name}/{stem}.png": caption for stem, caption in captions.items()}

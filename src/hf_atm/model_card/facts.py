@@ -27,7 +27,7 @@ class CardFacts:
         exports (`dict[str, str]`): class of the stock model of each task that has one in `tasks/`.
         adapters (`list[str]`): tasks with an adapter in `adapters/`.
         hashes (`dict[str, str]`): SHA-256 of the weight files, by relative path.
-        levels (`dict[str, dict[str, float]]`): scores of other methods by name and task, to compare with.
+        levels (`dict[str, Mapping[str, float]]`): scores of other methods by name and task, to compare with.
     """
 
     name: str
@@ -37,7 +37,7 @@ class CardFacts:
     exports: dict[str, str] = field(default_factory=dict)
     adapters: list[str] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
-    levels: dict[str, dict[str, float]] = field(default_factory=dict)
+    levels: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def run(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class CardFacts:
 
 
 def read_facts(
-    folder: Path, name: str | None = None, levels: Mapping[str, dict[str, float]] | None = None
+    folder: Path, name: str | None = None, levels: Mapping[str, Mapping[str, float]] | None = None
 ) -> CardFacts:
     """
     Reads what a run left behind.

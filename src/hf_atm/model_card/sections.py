@@ -14,10 +14,12 @@ def summary(facts: CardFacts) -> str:
     run, rounds = facts.run, facts.rounds
     tasks = ", ".join(facts.tasks)
     base = run["model"]["base_model"]
-    start = f"`{base}`" if base else f"a `{run['model']['class']}`"
-    kind = "An adapter for" if facts.is_adapter else "One model, tuned from"
+    if facts.is_adapter:
+        kind = f"An adapter for `{base}`" if base else "An adapter"
+    else:
+        kind = f"One model, tuned from `{base}`," if base else "One model"
     return (
-        f"{kind} {start}, that handles {len(facts.tasks)} tasks: {tasks}. It was made by **alternating tuning and merging** "
+        f"{kind} that handles {len(facts.tasks)} tasks: {tasks}. It was made by **alternating tuning and merging** "
         f"([ATM](https://huggingface.co/papers/2411.03055)): in each of {len(rounds)} rounds every task tuned the shared "
         f"weights on its own for a while, and the differences were merged (`{rounds[-1]['method']}`) into the weights that "
         "all tasks started the next round from."
@@ -63,7 +65,8 @@ def results(facts: CardFacts) -> str:
     record = facts.scored
     if record is None:
         return "The run was not evaluated."
-    test, columns = facts.test_scores(), {}
+    test = facts.test_scores()
+    columns: dict[str, Mapping[str, float]] = {}
     if test:
         columns["test"] = test
     columns["validation"] = record["scores"]
