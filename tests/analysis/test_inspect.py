@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from hf_atm.analysis import diagnose
 from hf_atm.analysis.checkpoints import distinct_names, open_task_vectors
 from hf_atm.cli.main import main
+from hf_atm.hub import push
 
 
 CONFIG = {
@@ -116,3 +117,21 @@ def test_bad_input(models, capsys):
         assert main(["inspect", *arguments, "--quiet"]) == 2, arguments
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
+
+
+def test_adapters_and_checkpoints_on_the_hub(models, hub):
+    folder = models / "adapter"
+    model = get_peft_model(BertModel.from_pretrained(models / "base"), LoraConfig(r=2, target_modules=["query"]))
+    model.save_pretrained(folder)
+    (models / "sst2" / "config.json").write_text("{}")
+    push(folder, "me/adapter")
+    push(models / "sst2", "me/sst2")
+    local, _ = open_task_vectors("not/read", [str(folder)], ["t"])
+    fetched, _ = open_task_vectors("not/read", ["me/adapter"], ["t"])
+    assert local["t"].keys() == fetched["t"].keys() and len(local["t"]) == 1
+    whole, _ = open_task_vectors(str(models / "base"), ["me/sst2"])
+    here, _ = open_task_vectors(str(models / "base"), [str(models / "sst2")])
+    key = "encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(whole["sst2"][key], here["sst2"][key])
+    with pytest.raises(FileNotFoundError, match="'me/none' is not a folder here and could not be fetched"):
+        open_task_vectors(str(models / "base"), ["me/none"])

@@ -46,15 +46,16 @@ def open_task_vectors(
     tasks = list(names) if names else distinct_names(models)
     if len(tasks) != len(models) or len(set(tasks)) != len(tasks):
         raise ValueError(f"There are {len(models)} models, which need as many different names, not {tasks}.")
-    adapters = [is_adapter(Path(model)) for model in models]
+    folders = [resolve_model(model) for model in models]
+    adapters = [is_adapter(folder) for folder in folders]
     if any(adapters):
         if not all(adapters):
             whole = models[adapters.index(False)]
             raise ValueError(
                 f"{whole!r} is no adapter, and {models[adapters.index(True)]!r} is one; compare like with like."
             )
-        return _adapter_updates(models, tasks, exclude), []
-    readers = [CheckpointReader(resolve_model(model)) for model in models]
+        return _adapter_updates(folders, tasks, exclude), []
+    readers = [CheckpointReader(folder) for folder in folders]
     origin = CheckpointReader(resolve_model(base))
     _check_likeness(base, origin, readers, exclude)
     plan = _plan(readers, origin, exclude)
@@ -95,13 +96,13 @@ def _plan(readers: Sequence[CheckpointReader], origin: CheckpointReader, exclude
 
 
 def _adapter_updates(
-    models: Sequence[str], tasks: Sequence[str], exclude: Sequence[str]
+    folders: Sequence[Path], tasks: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, Mapping[str, Tensor]]:
     from ..merging.adapters.compatibility import check_compatible
     from ..merging.adapters.reading import read_adapters
     from ..merging.adapters.updates import DenseUpdates
 
-    adapters = read_adapters(list(models), list(tasks))
+    adapters = read_adapters([str(folder) for folder in folders], list(tasks))
     layouts = check_compatible(adapters, strict=False)
     kept = {name: layout for name, layout in layouts.items() if not matches(name, exclude)}
     if not kept:

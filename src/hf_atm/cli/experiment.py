@@ -114,6 +114,8 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         raise ValueError("config names no task; add at least one under tasks")
 
     training = dict(as_mapping("training", raw.get("training") or {}))
+    # The Trainer takes silenced libraries for a wish to see no progress.
+    training.setdefault("disable_tqdm", False)
     if all(task.eval_split for task in tasks.values()):
         training.setdefault("eval_strategy", "epoch")
     comparison = dict(as_mapping("compare", raw.get("compare") or {}))
