@@ -35,8 +35,12 @@ class HuggingFaceDocstrings(griffe.Extension):
         value = getattr(node, "value", None)
         for keyword in value.keywords if isinstance(value, ast.Call) else ():
             if keyword.arg == "metadata":
-                entry = f"    {attr.name}: {ast.literal_eval(keyword.value)['help']}"
-                self.help.setdefault(attr.parent.path, []).append(entry)
+                try:
+                    entry = f"    {attr.name}: {ast.literal_eval(keyword.value)['help']}"
+                except (ValueError, KeyError):
+                    logger.warning('%s has no metadata["help"] that is plain text', attr.path)
+                else:
+                    self.help.setdefault(attr.parent.path, []).append(entry)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         objects = list(_objects(pkg))
@@ -48,7 +52,7 @@ class HuggingFaceDocstrings(griffe.Extension):
             if obj.path in self.help:
                 text = "\n".join([text, "", "Args:", *self.help[obj.path]])
             for name, default in _DEFAULT.findall(text) if obj.is_function else ():
-                if str(obj.parameters[name].default).isupper():
+                if name in obj.parameters and str(obj.parameters[name].default).isupper():
                     obj.parameters[name].default = default  # the value of a constant, not its name
             if obj.is_class and not obj.decorators and "__init__" not in obj.members:
                 # Its base class makes arguments of its attributes, as configurations of transformers do.

@@ -181,6 +181,7 @@ class Settings:
     """Settings of a [`Trainer`]."""
     rate: float = field(default=0.5, metadata={"help": "How fast, in "
                                                        "metres."})
+    bound: int = field(default=7, metadata={"help": f"At most {LIMIT}."})
 
 def run(settings, limit=LIMIT):
     """Runs [`Settings`], as [`~other.Trainer.train`] does, or [`Nothing`].
@@ -201,7 +202,8 @@ def run(settings, limit=LIMIT):
         assert "<code>Trainer.train</code>" in run.docstring.value
         assert str(run.parameters["limit"].default) == "7"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "pkg.run refers to Nothing, which does not exist"
+        'pkg.Settings.bound has no metadata["help"] that is plain text',
+        "pkg.run refers to Nothing, which does not exist",
     ]
 
 
