@@ -4,15 +4,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks docs
 
-.PHONY: help demo test quality style bench bench-merging clean
+.PHONY: help demo test quality style docs bench bench-merging clean
 
 help:
 	@echo "make demo     the main job, offline, with a small real ViT (under three minutes after installation)"
 	@echo "make test     the whole suite"
 	@echo "make quality  formatting, lint and types, as CI checks them"
 	@echo "make style    formatting and lint, repaired where possible"
+	@echo "make docs     the documentation site, into site/"
 	@echo "make bench    cost of the loop beside the plain Trainer"
 	@echo "make bench-merging   merges beside other libraries, which it installs below runs/; hours"
 
@@ -25,6 +26,10 @@ $(VENV)/.user: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.developer: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trl,examples]'
+	@touch $@ $(VENV)/.user
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@ $(VENV)/.user
 
 demo: $(VENV)/.user
@@ -42,6 +47,9 @@ style: $(VENV)/.developer
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
 bench: $(VENV)/.developer
 	$(RUN)/python benchmarks/overhead.py
 
@@ -49,4 +57,4 @@ bench-merging: $(VENV)/.developer
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/merging/compare.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache

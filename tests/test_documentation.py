@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import datasets
 import pytest
@@ -11,14 +10,10 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 
 import hf_atm
 
+from .pages import PAGES, blocks, prose
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{index}")
-    for page in PAGES
-    for index, block in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
-]
+
+BLOCKS = blocks("python")
 
 
 @pytest.fixture
@@ -77,5 +72,5 @@ def test_a_block_runs(block, stand_ins):
 def test_the_pages_have_blocks_and_links_that_exist():
     assert len(BLOCKS) >= 3
     for page in PAGES:
-        for target in re.findall(r"\]\((?!http|#)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)(?:#[^)]*)?\)", prose(page)):
             assert (page.parent / target).exists(), f"{page.name} points to {target}"

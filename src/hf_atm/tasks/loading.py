@@ -44,7 +44,9 @@ class TaskSpec:
     label_column: str | None = field(default=None, metadata={"help": "Column of labels; default label or labels."})
     num_labels: int | None = field(default=None, metadata={"help": "Number of classes, if not in the features."})
     label_names: list[str] | None = field(default=None, metadata={"help": "Names of the classes, in order."})
-    problem_type: str | None = field(default=None, metadata={"help": f"One of {', '.join(_PROBLEM_TYPES)}."})
+    problem_type: str | None = field(
+        default=None, metadata={"help": "'regression' or 'single_label_classification', if not in the features."}
+    )
     metrics: list[str] | None = field(default=None, metadata={"help": "Metrics; the first enters the average."})
     max_train_examples: int | None = field(default=None, metadata={"help": "Tune on a random subset of this size."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on a subset of this size."})
