@@ -8,6 +8,7 @@ from .barrier import loss_barrier
 from .families.plain import mlp_spec, resnet_spec, vgg_spec
 from .permutation import Permutation
 from .registry import register_permutation_spec, spec_for
+from .repair import repair
 from .result import Alignment
 from .spec import Flat, Heads, PermutationSpec
 from .verify import check_permutation_spec
@@ -25,6 +26,7 @@ __all__ = [
     "loss_barrier",
     "mlp_spec",
     "register_permutation_spec",
+    "repair",
     "resnet_spec",
     "spec_for",
     "vgg_spec",

@@ -178,4 +178,6 @@ def merge_many(
     """
     draw = np.random.default_rng(derive_seed("merge-many", seed))
     start = [problem.identity() for _ in range(problem.count)]
-    return polish(problem, start, pool, sweeps, lambda _: draw.permutation(problem.count), inner_sweeps=sweeps)
+    return polish(
+        problem, start, pool, sweeps, lambda _: draw.permutation(problem.count).tolist(), inner_sweeps=sweeps
+    )

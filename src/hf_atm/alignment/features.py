@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def feature_problem(
             )
         layers, states = _collect([models[index] for index in order], spec, data)
     else:
-        layers, states = {axis: axis for axis in given[0]}, [given[index] for index in order]
+        layers, states = {axis: axis for axis in given[0]}, [dict(given[index]) for index in order]
     names = {layer: f"layer{number}" for number, layer in enumerate(sorted(layers))}
     axes: dict[str, tuple[Axis, ...]] = {names[layer]: (None, axis) for layer, axis in layers.items()}
     features = PermutationSpec(spec.groups, axes)
@@ -92,7 +92,7 @@ def _collect(
     layers = _observed(models[0], spec)
     sizes = {layer: sum(view.size for view in spec.views(axis)) for layer, axis in layers.items()}
     kept: list[dict[str, list[Tensor]]] = [{} for _ in models]
-    count = len(data) if hasattr(data, "__len__") else 8
+    count = len(data) if isinstance(data, Sized) else 8
     per_batch = -(-MAX_ROWS // max(count, 1))
     rows = 0
     with torch.no_grad(), evaluating(*models):

@@ -109,7 +109,9 @@ class Alignment:
             for name, vector in permutation.vectors.items()
         }
         for index, maps in enumerate(self.soft_maps):
-            tensors |= {f"soft/{index}/{name}": torch.from_numpy(matrix) for name, matrix in maps.items()}
+            tensors |= {
+                f"soft/{index}/{name}": torch.from_numpy(np.ascontiguousarray(matrix)) for name, matrix in maps.items()
+            }
         facts = {
             "spec": self.spec.to_dict(),
             "method": self.method,

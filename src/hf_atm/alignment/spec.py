@@ -124,6 +124,8 @@ class PermutationSpec:
     _found: dict[str, tuple[Axis, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("heads", "optional", "transposed"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for pattern, axes in self.axes.items():
             permuted = [axis for axis in axes if axis is not None]
             if len(permuted) > 2:
@@ -175,11 +177,11 @@ class PermutationSpec:
         return [pattern for pattern in self.axes if any(sign in pattern for sign in "*?[")]
 
     def patterns_of(self, name: str) -> list[str]:
-        """The patterns that stand for a tensor's name; one is right."""
+        """The patterns that stand for a tensor's name; one is right. The longest ending goes before all others."""
         parts = name.split(".")
-        endings = [".".join(parts[start:]) for start in range(len(parts))]
-        found = [ending for ending in endings if ending in self.axes]
-        return found + [glob for glob in self._globs if glob not in found and _ends_in(name, glob)]
+        endings = (".".join(parts[start:]) for start in range(len(parts)))
+        found = next((ending for ending in endings if ending in self.axes), None)
+        return [found] if found is not None else [glob for glob in self._globs if _ends_in(name, glob)]
 
     def axes_of(self, name: str, ndim: int | None = None) -> tuple[Axis, ...]:
         """
