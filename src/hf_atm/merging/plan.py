@@ -25,7 +25,7 @@ _VOCABULARY = ("*embed*", "*lm_head*", "*wte.*", "shared.weight", "*.shared.weig
 
 
 # Integers under these names are weights of bitsandbytes, GPTQ or AWQ; others are positions, masks and counters.
-_QUANTISED = ("*.weight", "weight", "*qweight", "*qzeros")
+QUANTISED = ("*.weight", "weight", "*qweight", "*qzeros")
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _split_keys(
             )
         elif tensor.is_floating_point():
             merged.append(key)
-        elif tensor.dtype != torch.bool and matches(key, _QUANTISED):
+        elif tensor.dtype != torch.bool and matches(key, QUANTISED):
             raise ValueError(
                 f"Tensor '{key}' holds weights as integers ({tensor.dtype}); dequantise the models before merging, or "
                 "name it in exclude."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .batches import batches, device_of, evaluating, model_inputs, observing, progress_bar
 
 
-class _Moments:
+class RunningMoments:
     """Count, mean and sum of squared deviations per channel, in float64."""
 
     def __init__(self) -> None:
@@ -78,8 +78,8 @@ def recalibrate_batch_norm(
     tensor([2.])
     ```
     """
-    layers: dict[nn.Module, _Moments] = {
-        module: _Moments()
+    layers: dict[nn.Module, RunningMoments] = {
+        module: RunningMoments()
         for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     }

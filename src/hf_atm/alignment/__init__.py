@@ -1,0 +1,33 @@
+"""Alignment: models from different initialisations in one frame, so that their weights can be merged."""
+
+from __future__ import annotations
+
+from . import families
+from .align import align
+from .barrier import loss_barrier
+from .families.plain import mlp_spec, resnet_spec, vgg_spec
+from .permutation import Permutation
+from .registry import register_permutation_spec, spec_for
+from .repair import repair
+from .result import Alignment
+from .spec import Flat, Heads, PermutationSpec
+from .verify import check_permutation_spec
+
+
+__all__ = [
+    "Alignment",
+    "Flat",
+    "Heads",
+    "Permutation",
+    "PermutationSpec",
+    "align",
+    "check_permutation_spec",
+    "families",
+    "loss_barrier",
+    "mlp_spec",
+    "register_permutation_spec",
+    "repair",
+    "resnet_spec",
+    "spec_for",
+    "vgg_spec",
+]

@@ -1,0 +1,211 @@
+"""`align`: models from different initialisations, brought into one frame."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..merging.tensors import content_names
+from .ascent import git_rebasin, merge_many
+from .ascent import polish as polish_permutations
+from .features import feature_problem
+from .frank_wolfe import climb
+from .inputs import check_models, read_models
+from .mixture import Mixture
+from .permutation import Permutation
+from .problem import Problem, build_problem, objective
+from .registry import spec_for
+from .result import Alignment
+from .spec import PermutationSpec
+from .starts import STARTS, starting_point
+from .workers import Map, workers
+
+
+METHODS = ("c2m3", "git-rebasin", "merge-many", "activations")
+
+_DEFAULT_STARTS = ("identity", "barycentre", "barycentre", "gauge")
+
+
+def align(
+    models: Sequence[nn.Module | Mapping[str, Tensor]],
+    spec: PermutationSpec | None = None,
+    method: str = "c2m3",
+    data: Any = None,
+    *,
+    starts: Sequence[str] = _DEFAULT_STARTS,
+    max_iter: int = 200,
+    tol: float = 1e-6,
+    polish: int = 10,
+    heads: Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    keep_soft_maps: bool = False,
+) -> Alignment:
+    """
+    Finds the order of every model's units in which the models agree best.
+
+    `"c2m3"` (arXiv 2405.17897) maximises the sum over all pairs of models of the inner products of their weights, all
+    models and groups at once, by Frank-Wolfe with an exact line search and a polish by assignments. Maps go through a
+    common universe, so around a cycle of models they compose to the identity. Cost per iteration is linear in the number
+    of models: two matrix products per tensor and one assignment per group.
+
+    The result does not depend on the order of the models or the number of threads.
+
+    Args:
+        models (`Sequence[nn.Module | Mapping[str, Tensor]]`):
+            At least two models of one architecture, floating point. They are not changed.
+        spec ([`PermutationSpec`], *optional*):
+            Which units may change places. By default that of the models' family, see [`spec_for`].
+        method (`str`, *optional*, defaults to `"c2m3"`):
+            Or `"activations"`, the same on activations in place of weights, which needs `data`; `"git-rebasin"`, all
+            models onto one; `"merge-many"`, every model onto the mean of the others in turn (both arXiv 2209.04836).
+        data (`Iterable`, *optional*):
+            For `"activations"`: batches of a DataLoader, or per model a mapping from an axis such as `"M.0"` or
+            `"A.0:q"` to features of shape (samples, units).
+        starts (`Sequence[str]`, *optional*):
+            Where Frank-Wolfe starts from, one run each: `"identity"`, `"barycentre"`, `"gauge"`, `"anchored"`. The run
+            with the largest objective after rounding and polish is kept.
+        max_iter (`int`, *optional*, defaults to 200):
+            Iterations of a run at most; for the other methods sweeps.
+        tol (`float`, *optional*, defaults to 1e-6):
+            A run ends when the Frank-Wolfe gap or the gain of a step falls below this share of the objective.
+        polish (`int`, *optional*, defaults to 10):
+            Sweeps of coordinate ascent after rounding at most.
+        heads (`Sequence[str]`, *optional*):
+            Patterns of tensors that are mapped but not matched, in place of the specification's own. Task heads are;
+            `[]` matches them too, for models of one task.
+        device (`str` or `torch.device`, *optional*):
+            Where matrix products run; by default where the models are. Assignments run on the CPU.
+        seed (`int`, *optional*, defaults to 0):
+            Decides random starts and random orders.
+        keep_soft_maps (`bool`, *optional*, defaults to `False`):
+            Whether to keep the doubly stochastic matrices of the run before rounding.
+
+    Returns:
+        [`Alignment`]: `state_dicts` are the models in one frame, ready for [`merge_state_dicts`].
+
+    Raises:
+        `KeyError`: for a family without specification.
+        `ValueError`: before any work, for models that cannot be aligned and arguments out of range; see the message.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_atm.alignment import align, mlp_spec
+
+    >>> def network():
+    ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> models = [network(), network()]
+    >>> align(models, mlp_spec(models[0])).map(0, 0).is_identity
+    True
+    ```
+    """
+    _check_arguments(method, starts, max_iter, tol, polish)
+    models = list(models) if not isinstance(models, (Mapping, nn.Module)) else models
+    states = read_models(models)
+    spec = spec or _spec_of(models)
+    if heads is not None:
+        if isinstance(heads, str):
+            raise ValueError(f"heads must be a list of name patterns; write heads=[{heads!r}].")
+        spec = replace(spec, heads=tuple(heads))
+    names = check_models(states, spec)
+    if not names:
+        raise ValueError("No tensor is left to match; every one of them counts as a head or has no permuted axis.")
+    spec = spec.restricted([name for state in states for name in state])
+    labels = content_names(states, [1.0] * len(states), names)
+    order = sorted(range(len(states)), key=lambda index: labels[index])
+    place = torch.device(device) if device is not None else None
+    with workers() as pool, torch.no_grad():
+        if method == "activations":
+            problem = feature_problem(models, spec, data, order, place)
+        else:
+            problem = build_problem(spec, [states[index] for index in order], names, place)
+        if method in ("git-rebasin", "merge-many"):
+            match = git_rebasin if method == "git-rebasin" else merge_many
+            vectors, history = match(problem, pool, seed, max_iter)
+            report: dict[str, Any] = {}
+            soft: list[dict[str, np.ndarray]] = []
+        else:
+            vectors, history, report, point = _best_run(problem, pool, starts, max_iter, tol, polish, seed)
+            soft = _soft_maps(point, vectors[0]) if keep_soft_maps else []
+        value = objective(problem, vectors)
+    found = _in_one_frame(spec, vectors)
+    position = {index: rank for rank, index in enumerate(order)}
+    permutations = [found[position[index]] for index in range(len(states))]
+    return Alignment(
+        spec=spec,
+        permutations=permutations,
+        method=method,
+        objective=value,
+        history=history,
+        report={"reference": order[0], **report},
+        state_dicts=[mine.inverse().apply(state) for mine, state in zip(permutations, states, strict=True)],
+        soft_maps=[soft[position[index]] for index in range(len(states))] if soft else [],
+    )
+
+
+def _best_run(
+    problem: Problem, pool: Map, starts: Sequence[str], max_iter: int, tol: float, sweeps: int, seed: int
+) -> tuple[list[dict[str, np.ndarray]], list[float], dict[str, Any], Mixture]:
+    """The run of Frank-Wolfe, rounding and polish that ends highest; among equals the first."""
+    best: tuple[list[dict[str, np.ndarray]], list[float], dict[str, Any], Mixture] | None = None
+    reached = []
+    for number, start in enumerate(starts):
+        point = starting_point(problem, start, seed, list(starts[:number]).count(start))
+        values: list[float] = []
+        if start == "gauge":
+            values += climb(point, pool, max_iter, tol, fixed=(0,)).values
+        run = climb(point, pool, max_iter, tol)
+        values += run.values
+        vectors = point.rounded(pool)
+        values.append(objective(problem, vectors))
+        vectors, gains = polish_permutations(problem, vectors, pool, sweeps)
+        values += gains
+        reached.append({"start": start, "objective": values[-1]})
+        if best is None or values[-1] > best[1][-1] + tol * abs(best[1][-1]) * 1e-3:
+            facts = {"start": start, "iterations": len(values) - len(gains) - 1, "gap": run.gap}
+            best = vectors, values, facts | {"converged": run.converged, "starts": reached}, point
+    assert best is not None
+    return best
+
+
+def _in_one_frame(spec: PermutationSpec, vectors: Sequence[Mapping[str, np.ndarray]]) -> list[Permutation]:
+    """Orders of all groups, the first model's as the universe; groups that nothing was matched by stay in place."""
+    identity = Permutation.identity(spec).vectors
+    found = [Permutation(spec, {**identity, **mine}) for mine in vectors]
+    back = found[0].inverse()
+    return [mine.compose(back) for mine in found]
+
+
+def _soft_maps(point: Mixture, first: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    models = range(point.problem.count)
+    return [{name: point.dense(name, model)[:, first[name]] for name in point.problem.sizes} for model in models]
+
+
+def _spec_of(models: Sequence[Any]) -> PermutationSpec:
+    for model in models:
+        if isinstance(model, nn.Module):
+            return spec_for(model)
+    raise ValueError(
+        "State dicts do not tell their family; pass spec=, such as spec_for(config), mlp_spec(state_dict) or "
+        "resnet_spec(state_dict)."
+    )
+
+
+def _check_arguments(method: str, starts: Sequence[str], max_iter: int, tol: float, polish: int) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    unknown = [start for start in starts if start not in STARTS]
+    if isinstance(starts, str) or unknown or not starts:
+        raise ValueError(f"starts={starts!r} must list at least one of {', '.join(STARTS)}.")
+    if max_iter < 1 or polish < 0 or not tol >= 0:
+        raise ValueError(
+            f"max_iter={max_iter}, polish={polish}, tol={tol}: give at least one iteration, no negative number of "
+            "sweeps, and a tolerance of at least 0."
+        )
