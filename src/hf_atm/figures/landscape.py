@@ -36,7 +36,8 @@ def draw_landscape(
             filled = axes.contourf(landscape.x, landscape.y, losses, levels, cmap="Greys")
             axes.contour(landscape.x, landscape.y, losses, levels, colors="0.35", linewidths=0.5)
             figure.colorbar(filled, label=loss_name, format="%.3g")
-        if landscape.path:
+        # One point is no path: it is the merged model.
+        if len(landscape.path) > 1:
             xs, ys = [place[0] for place in landscape.path], [place[1] for place in landscape.path]
             axes.plot(xs, ys, "-", color="tab:orange", linewidth=1.5, zorder=3)
             axes.plot(xs, ys, "o", color="tab:orange", markeredgecolor="black", markersize=5, zorder=3, label="rounds")

@@ -175,7 +175,10 @@ def draw_pictures(facts: CardFacts, folder: Path) -> dict[str, str]:
     if record and record["expert_scores"]:
         rows = {"experts": record["expert_scores"], "merged": record["scores"], **facts.levels}
         if draw_scores(rows, folder / "scores"):
-            captions["scores"] = "Scores as a share of the last experts'"
+            missing = [task for task, score in record["expert_scores"].items() if score <= 0]
+            captions["scores"] = "Scores as a share of the last experts'" + (
+                f" (without {', '.join(missing)}, whose expert scored nothing)" if missing else ""
+            )
     if len(last["tasks"]) > 1:
         draw_cosines(last["cosines"], folder / "cosines")
         captions["cosines"] = "Cosines between the last round's task vectors"
