@@ -104,8 +104,10 @@ def test_barriers():
     with torch.no_grad():
         b.weight.neg_()
     # The loss is -|w|^2 on the way, whose straight line is flat: its rise is |w|^2 in the middle.
-    size = float((a.weight.double() ** 2).sum())
-    assert loss_barrier(a, b, lambda model: -float((model.weight.double() ** 2).sum()), steps=5) == pytest.approx(size)
+    size = (a.weight.detach().double() ** 2).sum().item()
+    assert loss_barrier(
+        a, b, lambda model: -(model.weight.detach().double() ** 2).sum().item(), steps=5
+    ) == pytest.approx(size)
     assert loss_barrier(a, a, lambda model: 1.0, steps=3) == 0
     with pytest.raises(ValueError, match="steps=2 leaves no model between"):
         loss_barrier(a, b, lambda model: 0.0, steps=2)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from . import families
-from .align import align
+from . import families  # noqa: F401  (makes the families known)
 from .barrier import loss_barrier
 from .families.plain import mlp_spec, resnet_spec, vgg_spec
+from .matching import align
 from .permutation import Permutation
 from .registry import register_permutation_spec, spec_for
-from .repair import repair
+from .repairing import repair
 from .result import Alignment
 from .spec import Flat, Heads, PermutationSpec
 from .verify import check_permutation_spec
@@ -22,7 +22,6 @@ __all__ = [
     "PermutationSpec",
     "align",
     "check_permutation_spec",
-    "families",
     "loss_barrier",
     "mlp_spec",
     "register_permutation_spec",

@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from .canvas import HATCHES, canvas
 
 
+# A share of less than this says nothing.
+LEAST = 0.05
+
+
 def draw_scores(
     rows: Mapping[str, Mapping[str, float]], target: str | os.PathLike, reference: str = "experts"
 ) -> bool:
@@ -26,7 +30,7 @@ def draw_scores(
         `bool`: `False`, and no picture, when nothing is left to draw.
     """
     whole = rows.get(reference)
-    tasks = [task for task in next(iter(rows.values()), {}) if whole is None or whole.get(task, 0.0) >= 0.05]
+    tasks = [task for task in next(iter(rows.values()), {}) if whole is None or whole.get(task, 0.0) >= LEAST]
     shown = {name: scores for name, scores in rows.items() if name != reference}
     if not tasks or not shown:
         return False

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..card_parts import citations
 from ..figures import draw_cosines, draw_interference, draw_rounds, draw_scores
+from ..figures.scores import LEAST
 from ..hub import card_mark
 from . import sections
 from .facts import CardFacts, read_facts
@@ -175,9 +176,9 @@ def draw_pictures(facts: CardFacts, folder: Path) -> dict[str, str]:
     if record and record["expert_scores"]:
         rows = {"experts": record["expert_scores"], "merged": record["scores"], **facts.levels}
         if draw_scores(rows, folder / "scores"):
-            missing = [task for task, score in record["expert_scores"].items() if score <= 0]
+            missing = [task for task, score in record["expert_scores"].items() if score < LEAST]
             captions["scores"] = "Scores as a share of the last experts'" + (
-                f" (without {', '.join(missing)}, whose expert scored nothing)" if missing else ""
+                f" (without {', '.join(missing)}, whose expert is below {LEAST})" if missing else ""
             )
     if len(last["tasks"]) > 1:
         draw_cosines(last["cosines"], folder / "cosines")
