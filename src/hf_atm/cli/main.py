@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .card import card
 
             return card(args.run, args, quiet)
+        if args.command == "align":
+            from .align import align_models
+
+            return align_models(args.models, args, quiet)
         if args.command == "landscape":
             from .landscape import landscape
 

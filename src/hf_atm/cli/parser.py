@@ -53,6 +53,13 @@ that sum's effective rank. Nothing is merged, and only a few tensors are in memo
 
     hf-atm inspect google-bert/bert-base-uncased ./sst2 ./cola --output inspection.json"""
 
+_ALIGN_HELP = """\
+Reorders the units of each model so that all agree as well as possible (C2M3). Every written model computes what it did
+before; only then do averages between them mean anything. Models that were tuned from one base need no alignment.
+
+    hf-atm align ./seed-0 ./seed-1 ./seed-2 --out aligned
+    hf-atm merge recipe.yaml merged         # with models: aligned/seed-0, aligned/seed-1, aligned/seed-2"""
+
 _LANDSCAPE_HELP = """\
 Draws figures/landscape.png and .svg into RUN: the mean validation loss over the plane through the start, the merged model
 and one task's expert, which is tuned here from the same start for as many steps as the task had in the run. Heads are
@@ -208,6 +215,27 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--level", choices=("cheap", "full"), default="full", help="cheap: norms and cosines alone")
     inspect.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="tensors to leave out")
     inspect.add_argument("--output", metavar="FILE.json", help="write everything here, tensor by tensor")
+
+    align = commands.add_parser(
+        "align",
+        help="models from different initialisations, written in one common frame",
+        description=_ALIGN_HELP,
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    align.add_argument("models", nargs="+", metavar="MODEL", help="folders or Hub ids of one family, at least two")
+    align.add_argument("--out", required=True, metavar="DIR", help="takes a folder per model; must not exist yet")
+    align.add_argument("--names", nargs="+", metavar="NAME", help="of those folders (default: the models' own)")
+    align.add_argument(
+        "--method", choices=("c2m3", "git-rebasin", "merge-many"), default="c2m3", help="default: %(default)s"
+    )
+    align.add_argument(
+        "--heads", nargs="*", metavar="PATTERN", help="tensors that are mapped but not matched (default: task heads)"
+    )
+    align.add_argument("--device", metavar="NAME", help="where to multiply, such as cuda (default: the CPU)")
+    align.add_argument("--seed", type=int, default=0, metavar="N", help="of random starts (default: %(default)s)")
+    align.add_argument("--copy-code", action="store_true", help="copy Python files of the models too")
 
     landscape = commands.add_parser(
         "landscape",

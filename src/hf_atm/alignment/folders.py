@@ -1,0 +1,106 @@
+"""Finished models on disk, aligned into folders that any merge takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+
+from ..merging.checkpoints.reader import CheckpointReader, is_adapter, resolve_model
+from ..merging.checkpoints.side_files import copy_side_files, list_side_files
+from .matching import align
+from .registry import spec_for_config
+from .result import Alignment
+
+
+MAPS_NAME = "alignment.safetensors"
+REPORT_NAME = "alignment.json"
+
+
+def align_folders(
+    models: Sequence[str],
+    output_dir: str | os.PathLike,
+    names: Sequence[str],
+    method: str = "c2m3",
+    heads: Sequence[str] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    copy_code: bool = False,
+) -> Alignment:
+    """
+    Aligns checkpoints of one family by their weights, and writes each, with its side files, into a folder of its own.
+
+    Args:
+        models (`Sequence[str]`): at least two folders or Hub ids; not changed.
+        output_dir (`str` or `PathLike`): takes `<name>/` for each model, the maps (`alignment.safetensors`, for
+            [`Alignment.load`]) and `alignment.json`. Must not exist yet, or be empty; it appears when it is whole.
+        names (`Sequence[str]`): the models' folders, all different.
+        method (`str`, *optional*, defaults to `"c2m3"`): `"c2m3"`, `"git-rebasin"` or `"merge-many"`; see [`align`].
+        heads, device, seed (*optional*): as in [`align`].
+        copy_code (`bool`, *optional*, defaults to `False`): whether Python files are copied as well.
+
+    Returns:
+        [`Alignment`]
+
+    Raises:
+        `FileNotFoundError`: for a model that is not there.
+        `KeyError`, `ValueError`: for adapters, families that differ or have no specification, an output that holds
+            something, and what [`align`] refuses.
+
+    Cost: all models lie in memory, twice.
+    """
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"Output {str(output)!r} holds something already; name another folder.")
+    wrong = [name for name in names if name in ("", ".", "..") or "/" in name or "\\" in name]
+    if wrong or len(names) != len(models) or len(set(names)) != len(names):
+        raise ValueError(f"{len(models)} models need as many different folder names, not {list(names)}.")
+    folders = [resolve_model(model) for model in models]
+    config = _config(models, folders)
+    states: list[dict[str, Any]] = [dict(CheckpointReader(folder)) for folder in folders]
+    spec = spec_for_config(config, sorted({name for state in states for name in state}))
+    found = align(states, spec, method, heads=heads, device=device, seed=seed)
+    beside = output.with_name(f"{output.name}.incomplete")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        for name, folder, state in zip(names, folders, found.state_dicts, strict=True):
+            target = beside / name
+            target.mkdir(parents=True)
+            save_torch_state_dict(state, target)
+            copy_side_files(folder, target, list_side_files(folder, copy_code)[0])
+        found.save(beside / MAPS_NAME)
+        facts = {"models": dict(zip(names, models, strict=True)), "method": method, "objective": found.objective}
+        text = json.dumps({**facts, "seed": seed, **found.report}, indent=2, default=str)
+        (beside / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        if output.is_dir():
+            output.rmdir()
+        beside.rename(output)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return found
+
+
+def _config(models: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The configuration that all models share, as far as their kind goes."""
+    # A multi-task model's configuration is known once its class is.
+    from transformers import AutoConfig
+
+    from .. import MultiTaskConfig  # noqa: F401
+
+    configs = []
+    for model, folder in zip(models, folders, strict=True):
+        if is_adapter(folder):
+            raise ValueError(f"{model!r} is an adapter; merge it into its base model first.")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{model!r} holds no config.json, which says how its units are connected.")
+        configs.append(AutoConfig.from_pretrained(folder))
+    types = list(dict.fromkeys(config.model_type for config in configs))
+    if len(types) > 1:
+        raise ValueError(f"The models are of different types ({', '.join(types)}); align models of one family.")
+    return configs[0]
