@@ -12,7 +12,7 @@ import torch
 from ..merging.tensors import nearest
 from .anchors import select_anchors
 from .ids import named, positions
-from .relative import CHUNK, RelativeProjector, unit_rows
+from .relative import CHUNK, RelativeProjector, row_norms
 from .routing import ROUTERS, Scorer, check_own, route
 from .spaces import EmbeddingSet, LatentSpace, check_sets, merged_labels
 
@@ -76,11 +76,9 @@ def aggregate_latent_spaces(
     elif selection:
         raise ValueError(f"{', '.join(sorted(selection))}: only for choosing anchors, and anchors are given.")
     projectors = [RelativeProjector(anchors, standardize).fit(entry) for entry in sets]
-    for entry in sets:
-        # Zero rows are found before any long work.
-        for start in range(0, 0 if standardize else len(entry), chunk_size):
-            stop = start + chunk_size
-            unit_rows(entry.embeddings[start:stop], entry.ids[start:stop], entry.name)
+    # Zero rows are found before any long work.
+    for entry in sets if not standardize else []:
+        row_norms(entry.embeddings, entry.ids, entry.name)
     ids = reduce(np.union1d, (entry.ids for entry in sets))
     rows = np.stack([positions(entry.ids, ids) for entry in sets], axis=1)
     labels = merged_labels(sets, ids)

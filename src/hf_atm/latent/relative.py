@@ -14,9 +14,9 @@ from .spaces import EmbeddingSet
 CHUNK = 8192
 
 
-def unit_rows(embeddings: Tensor, ids: Any = None, name: str = "") -> Tensor:
+def row_norms(embeddings: Tensor, ids: Any = None, name: str = "") -> Tensor:
     """
-    Rows scaled to length 1, float32; their squares are summed in float64, so that no length over- or underflows.
+    Lengths of rows, float64, squares summed in float64.
 
     Args:
         embeddings (`Tensor`):
@@ -29,14 +29,24 @@ def unit_rows(embeddings: Tensor, ids: Any = None, name: str = "") -> Tensor:
     Raises:
         `ValueError`: for zero rows, which have no direction.
     """
-    norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64)
+    # In parts, since each is copied into float64.
+    parts = embeddings.split(CHUNK)
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
     if bool((norms == 0).any()):
         wrong = torch.nonzero(norms == 0)[:, 0].numpy()
         raise ValueError(
             f"{name or 'The space'} is zero at the {'rows' if ids is None else 'ids'} "
             f"{named(wrong if ids is None else ids[wrong])}, where a cosine means nothing; leave these samples out."
         )
-    return (embeddings / norms[:, None]).float() if embeddings.numel() else embeddings.float()
+    return norms
+
+
+def unit_rows(embeddings: Tensor, ids: Any = None, name: str = "") -> Tensor:
+    """Rows scaled to length 1, float32, however long or short they were; see [`row_norms`]."""
+    norms = row_norms(embeddings, ids, name)[:, None]
+    # Lengths that float32 cannot hold, or holds with few digits, are rare.
+    plain = not norms.numel() or 1e-30 < float(norms.min()) <= float(norms.max()) < 1e30
+    return embeddings.float() / norms.float() if plain else (embeddings / norms).float()
 
 
 class RelativeProjector:
