@@ -92,7 +92,9 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     defaults = as_mapping("task_defaults", raw.get("task_defaults") or {})
     check_keys("task_defaults", defaults, _TASK_KEYS)
     tasks = {
-        str(name): read_task(f"tasks.{name}", str(name), {**defaults, **as_mapping(f"tasks.{name}", entry or {})}, root)
+        str(name): read_task(
+            f"tasks.{name}", str(name), {**defaults, **as_mapping(f"tasks.{name}", entry or {})}, root
+        )
         for name, entry in as_mapping("tasks", raw["tasks"]).items()
     }
     if not tasks:

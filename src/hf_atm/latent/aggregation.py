@@ -17,7 +17,7 @@ from .routing import ROUTERS, Scorer, check_own, route
 from .spaces import EmbeddingSet, LatentSpace, check_sets, merged_labels
 
 
-_DUPLICATES = ("mean", "first")
+DUPLICATES = ("mean", "first")
 ROUTINGS = ("average", *ROUTERS, "oracle")
 
 
@@ -108,8 +108,8 @@ def _check_choices(sets: Sequence[EmbeddingSet], routing: Any, duplicates: str, 
             check_own(sets, routing)
     else:
         check_own(sets, getattr(routing, "__name__", "callable"))
-    if duplicates not in _DUPLICATES:
-        raise KeyError(f"Unknown duplicates {duplicates!r}; known ones are {', '.join(_DUPLICATES)}.")
+    if duplicates not in DUPLICATES:
+        raise KeyError(f"Unknown duplicates {duplicates!r}; known ones are {', '.join(DUPLICATES)}.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1.")
 

@@ -22,7 +22,7 @@ from .ids import as_ids
 from .spaces import EmbeddingSet
 
 
-_POOLINGS = ("auto", "cls", "mean", "pooler", "last")
+POOLINGS = ("auto", "cls", "mean", "pooler", "last")
 _ID_NAMES = ("ids", "id", "idx")
 _LABEL_NAMES = ("labels", "label")
 
@@ -69,8 +69,8 @@ def extract_embeddings(
         `ValueError`: for shuffled data without ids, rows that the loader would drop, embeddings that are not one vector
             per sample, of one width, finite.
     """
-    if not callable(pooling) and pooling not in _POOLINGS:
-        raise KeyError(f"Unknown pooling {pooling!r}; known ones are {', '.join(_POOLINGS)}.")
+    if not callable(pooling) and pooling not in POOLINGS:
+        raise KeyError(f"Unknown pooling {pooling!r}; known ones are {', '.join(POOLINGS)}.")
     if not callable(model):
         raise ValueError(f"A {type(model).__name__} cannot be called; give a model or a function of a batch.")
     encode = _encoder(model, pooling, layer)
