@@ -64,6 +64,18 @@ def test_records_are_cka_to_the_mean_of_the_experts_spaces(tmp_path, data):
     assert json.loads((tmp_path / "latent_spaces.json").read_text()) == callback.history
 
 
+def test_the_order_of_the_data_does_not_matter_when_samples_have_ids(tmp_path, data):
+    rows = [{"features": row["features"], "id": f"s{n:02d}"} for n, row in enumerate(data.dataset)]
+    anchors = [f"s{n:02d}" for n in ANCHORS]
+    histories = []
+    for shuffle in (False, True):
+        callback = LatentSpaceCallback(DataLoader(rows, batch_size=7, shuffle=shuffle), anchors, encoder=body)
+        make_trainer(tmp_path / str(shuffle), callbacks=[callback], num_rounds=1).train()
+        histories.append(callback.history[0])
+    assert histories[0]["experts"] == pytest.approx(histories[1]["experts"], abs=1e-6)
+    assert histories[0]["experts_absolute"] == pytest.approx(histories[1]["experts_absolute"], abs=1e-6)
+
+
 def test_the_run_is_not_touched(tmp_path, data):
     plain, watched = (
         make_trainer(tmp_path / "a"),

@@ -74,6 +74,7 @@ class LatentSpaceCallback(ATMCallback):
             raise ValueError(f"anchors is {anchors}; relative coordinates need at least two.")
         self.encoder, self.pooling, self.layer, self.seed = encoder, pooling, layer, seed
         self.history: list[dict[str, Any]] = []
+        self._ids: Any = None
         self._forget()
 
     def _forget(self) -> None:
@@ -83,6 +84,7 @@ class LatentSpaceCallback(ATMCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._forget()
+        self._ids = None
         self.history = []
         path = Path(args.output_dir, REPORT_NAME)
         if state.global_step and path.is_file():
@@ -129,6 +131,9 @@ class LatentSpaceCallback(ATMCallback):
 
     def _embed(self, model: Any, name: str) -> EmbeddingSet:
         space = self._extract(model if self.encoder is None else self.encoder(model), name)
+        # Rows are summed over experts, whatever order the data came in.
+        space = space.select(np.sort(space.ids) if self._ids is None else self._ids)
+        self._ids = space.ids
         if isinstance(self.anchors, int):
             # Others must be left to compare on.
             count = min(self.anchors, len(space) // 2)

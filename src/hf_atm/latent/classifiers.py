@@ -141,8 +141,8 @@ def _accuracy(model: Any, rows: Any, labels: Any, test_rows: Any, test_labels: A
 
 def check_labelled(embeddings: Any, labels: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows as float64 and labels as int64, refused when they do not fit or a class is unknown."""
-    rows = torch.as_tensor(embeddings).detach().double().numpy()
-    classes = torch.as_tensor(labels).detach().numpy()
+    rows = torch.as_tensor(embeddings).detach().cpu().double().numpy()
+    classes = torch.as_tensor(labels).detach().cpu().numpy()
     if rows.ndim != 2 or classes.shape != (len(rows),) or not len(rows):
         raise ValueError(f"{name} have shape {rows.shape} and their labels {classes.shape}; give one label per row.")
     if (classes == UNKNOWN_LABEL).any():

@@ -77,7 +77,8 @@ def extract_embeddings(
     found: list[tuple[Tensor, Any, Any]] = []
     with _evaluating(model, device) as place, torch.no_grad():
         for batch in tqdm(dataloader, desc=f"embedding {task}", disable=None if progress else True):
-            inputs, labels, ids = _parts(_to(batch, place))
+            batch = _to(batch, place)
+            inputs, labels, ids = _parts(batch)
             if ids is None and not found:
                 _check_order(dataloader)
             rows = encode(inputs, batch)

@@ -38,7 +38,7 @@ def linear_cka(x: Tensor, y: Tensor, chunk_size: int = CHUNK) -> float:
     Raises:
         `ValueError`: for different numbers of rows, fewer than two, or a space whose rows are all equal.
     """
-    x, y = torch.as_tensor(x).detach(), torch.as_tensor(y).detach()
+    x, y = torch.as_tensor(x).detach().cpu(), torch.as_tensor(y).detach().cpu()
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < 2:
         raise ValueError(
             f"CKA compares two spaces of the same samples, at least two, not shapes {tuple(x.shape)} and "

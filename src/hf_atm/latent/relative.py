@@ -117,7 +117,7 @@ class RelativeProjector:
             )
         result = torch.empty(len(embeddings), len(self.directions))
         for start in range(0, len(embeddings), chunk_size):
-            rows = unit_rows(self._prepared(embeddings[start : start + chunk_size].detach()))
+            rows = unit_rows(self._prepared(embeddings[start : start + chunk_size].detach().cpu()))
             torch.mm(rows, self.directions.T, out=result[start : start + chunk_size])
         return result.clamp_(-1, 1)
 
