@@ -78,7 +78,10 @@ def run_demo(output: str, seed: int = 0, rounds: int = 20, steps: int = 12, quie
     test = {task: to_examples(data) for task, data in test_data.items()}
 
     total = _BASE_STEPS + 2 * len(tasks) * budget
-    with tqdm(total=total, disable=True if quiet else None, unit="step") as bar, tempfile.TemporaryDirectory() as scratch:
+    with (
+        tqdm(total=total, disable=True if quiet else None, unit="step") as bar,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         backbone = pretrain_backbone(to_examples(base_data), seed, bar, scratch)
         state = {name: value.clone() for name, value in backbone.state_dict().items()}
         rows: dict[str, Mapping[str, float]] = {"pretrained (probe)": _probe(backbone, train_data, test_data)}

@@ -41,7 +41,9 @@ def inspect(
         raise ValueError(f"--output {output!r} lies in a folder that does not exist; make it first.")
     started = time.perf_counter()
     vectors, skipped = open_task_vectors(base, models, names, exclude)
-    with tqdm(total=len(next(iter(vectors.values()))), unit="tensor", disable=True if quiet else None, desc="inspecting") as bar:
+    with tqdm(
+        total=len(next(iter(vectors.values()))), unit="tensor", disable=True if quiet else None, desc="inspecting"
+    ) as bar:
         result = diagnose(vectors, level=level, report=lambda name: bar.update(), threads=os.cpu_count() or 1)
     print(describe(result, skipped))
     if output is not None:
