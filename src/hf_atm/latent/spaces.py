@@ -161,7 +161,7 @@ class LatentSpace(_Rows):
 
     Args:
         ids (`np.ndarray`):
-            `(N,)`, sorted.
+            `(N,)`, int64 or text; sorted by [`aggregate_latent_spaces`].
         embeddings (`Tensor`):
             `(N, m)`, float32.
         labels (`Tensor`, *optional*):
