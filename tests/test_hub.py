@@ -158,10 +158,17 @@ def test_no_network(hub, folder, monkeypatch):
 def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         files_to_push(tmp_path / "none")
-    with pytest.raises(
-        FileNotFoundError, match="holds no config.json or adapter_config.json; save a model there first"
-    ):
+    with pytest.raises(FileNotFoundError, match="holds no model .* save one there first"):
         files_to_push(tmp_path)
+
+
+def test_tasks_may_have_names_that_are_left_out_at_the_top(folder):
+    for name in ("_mine", "checkpoint-1"):
+        (folder / "tasks" / name).mkdir()
+        (folder / "tasks" / name / "config.json").write_text("{}")
+    names = [str(path) for path in files_to_push(folder)]
+    assert {"tasks/_mine/config.json", "tasks/checkpoint-1/config.json"} <= set(names)
+    assert not any(name.startswith(("_", "checkpoint-")) for name in names)
 
 
 def test_what_is_left_out(folder):

@@ -115,9 +115,8 @@ def citations(methods: Sequence[str], settings: Mapping[str, Any] | None = None)
         methods (`Sequence[str]`): merge methods, and `"atm"` for the loop.
         settings (`Mapping[str, Any]`, *optional*): of a run; those that come from a paper are cited as well.
     """
-    keys = [
-        key for method in methods for key in _ENTRIES if method.lstrip("s").startswith(key) or method.startswith(key)
-    ]
+    # A method's name holds those of the methods it is made of, as in dare_ties.
+    keys = [key for method in methods for key in _ENTRIES if key in method]
     if settings and settings.get("moment_exponent"):
         keys.append("fisher")
     return "\n\n".join(_entry(*_ENTRIES[key]) for key in dict.fromkeys(keys))

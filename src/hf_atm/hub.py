@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-# Checkpoints and unfinished files; training_args.bin is a pickle, and holds the token if one was passed.
-LEFT_OUT = ("checkpoint-*", "_*", ".*", "*.tmp", "*.incomplete", "training_args.bin")
+# Hidden and unfinished files; training_args.bin is a pickle, and that of other trainers may hold a token.
+LEFT_OUT = (".*", "*.tmp", "*.incomplete", "training_args.bin")
+# What a run keeps to itself lies at its top; further down, a task may have such a name.
+LEFT_OUT_AT_TOP = ("checkpoint-*", "_*")
+_MODELS = ("config.json", "adapter_config.json", "*.safetensors")
 ATTEMPTS = 3
 _CARD_MARK = re.compile(r'<!-- Written by hf-atm for "([^"\n]+)"')
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
@@ -80,7 +83,7 @@ def files_to_push(folder: Path, leave_out: Sequence[str] = ()) -> list[Path]:
 
     Args:
         folder (`Path`): a run's or a merge's.
-        leave_out (`Sequence[str]`, *optional*): patterns of further names of files and folders.
+        leave_out (`Sequence[str]`, *optional*): patterns of further names at its top.
 
     Returns:
         `list[Path]`: sorted, relative to the folder.
@@ -90,17 +93,19 @@ def files_to_push(folder: Path, leave_out: Sequence[str] = ()) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}; name the folder of a run or a merge.")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds no config.json or adapter_config.json; save a model there first."
-        )
+    if not any(any(folder.glob(pattern)) for pattern in _MODELS):
+        raise FileNotFoundError(f"{str(folder)!r} holds no model ({', '.join(_MODELS)}); save one there first.")
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    patterns = (*LEFT_OUT, *leave_out)
+    top = (*LEFT_OUT_AT_TOP, *leave_out)
     return sorted(
         path
         for path in found
-        if not any(fnmatch.fnmatchcase(part, pattern) for part in path.parts for pattern in patterns)
+        if not _matches(path.parts[0], top) and not any(_matches(part, LEFT_OUT) for part in path.parts)
     )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def push(

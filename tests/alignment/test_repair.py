@@ -142,6 +142,18 @@ def test_alignment_lowers_the_barrier_of_trained_networks():
     assert loss_barrier(aligned, found.state_dicts[1], loss, steps=9) < 0.5 * raw
 
 
+def test_batches_may_come_from_an_iterator_or_in_another_order_every_time():
+    torch.manual_seed(0)
+    ends = [mlp(4, 6, 2) for _ in range(2)]
+    rows = torch.randn(30, 4)
+    fixed = repair(averaged(ends), ends, [rows[:20], rows[20:]])
+    shuffled = torch.utils.data.DataLoader(rows, batch_size=7, shuffle=True)
+    for data in (iter([rows[:20], rows[20:]]), shuffled):
+        assert torch.allclose(repair(averaged(ends), ends, data)[0].weight, fixed[0].weight, atol=1e-5)
+    some = repair(averaged(ends), ends, [rows[:20], rows[20:]], num_batches=1)
+    assert torch.equal(some[0].weight, repair(averaged(ends), ends, [rows[:20]])[0].weight)
+
+
 def test_bad_input():
     model = mlp(4, 6, 2)
     data = [torch.randn(5, 4)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from hf_atm.cli.main import main
 
@@ -94,9 +96,24 @@ def test_bad_input(hub, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for arguments, message in (
         ([str(tmp_path / "nowhere"), "me/x"], "There is no folder"),
-        ([str(tmp_path / "empty"), "me/x"], "holds no config.json or adapter_config.json"),
+        ([str(tmp_path / "empty"), "me/x"], "holds no model"),
     ):
         assert main(["push", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert hub.repositories == {}
+
+
+def test_a_dense_update_goes_up_though_it_has_no_configuration(hub, tmp_path):
+    for name in ("a", "b"):
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+        model.save_pretrained(tmp_path / name)
+    recipe = {"models": [{"model": str(tmp_path / name)} for name in ("a", "b")], "adapters": {"output": "delta"}}
+    (tmp_path / "recipe.json").write_text(
+        json.dumps({**recipe, "merge_method": "dare_ties", "parameters": {"density": 1.0}})
+    )
+    assert main(["merge", str(tmp_path / "recipe.json"), str(tmp_path / "out"), "--push-to-hub", "update"]) == 0
+    files = hub.repositories["me/update"].branches["main"]
+    assert sorted(files) == ["README.md", "merge_config.json", "update.safetensors"]
+    card = files["README.md"].decode()
+    assert "2311.03099" in card and "2306.01708" in card and 'load_file("update.safetensors")' in card

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -78,8 +78,9 @@ def repair(
     """
     _check(merged, endpoints, layers, target, num_batches)
     model = copy.deepcopy(merged)
-    # A generator would be empty after the first pass.
-    data = list(islice(iter(data), num_batches))
+    if num_batches is not None or isinstance(data, Iterator):
+        # The same batches in every pass; an iterator would be empty after the first.
+        data = list(islice(iter(data), num_batches))
     if any(
         isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
         for module in model.modules()

@@ -34,10 +34,7 @@ def align_models(models: list[str], options: Any, quiet: bool = False) -> int:
         copy_code=options.copy_code,
     )
     if not quiet:
-        before = found.history[0] if found.history else found.objective
-        print(
-            f"{options.method}: inner products of the weights, summed over pairs: {before:.4g} -> {found.objective:.4g}"
-        )
+        print(f"{options.method}: inner products of the weights, summed over pairs of models: {found.objective:.4g}")
         for name, permutation in zip(names, found.permutations, strict=True):
             moved = sum(int((vector != range(len(vector))).sum()) for vector in permutation.vectors.values())
             total = sum(len(vector) for vector in permutation.vectors.values())

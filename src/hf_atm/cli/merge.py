@@ -80,7 +80,10 @@ def describe_adapters(result: Any, output: str, dry_run: bool) -> str:
     ranks = sorted(module["rank"] for module in report["modules"].values())
     lines = [
         f"{report['method']}: {', '.join(entry['name'] for entry in report['inputs'])}",
-        f"{len(ranks)} modules, ranks {ranks[0]} to {ranks[-1]}, lost energy {report['lost_energy']:.2%}",
+        # Dense updates have no ranks.
+        f"{len(ranks)} modules, ranks {ranks[0]} to {ranks[-1]}, lost energy {report['lost_energy']:.2%}"
+        if ranks
+        else f"{len(result.deltas)} dense updates",
         *(f"{name}: {fate}" for name, fate in sorted(report["saved"].items())),
         "nothing was written" if dry_run else f"written to {output}",
     ]
