@@ -18,7 +18,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 _OPTIONAL_INPUTS = ("token_type_ids", "position_ids")
 
 
-def _fitting(inputs: dict[str, Any], accepted: frozenset[str]) -> dict[str, Any]:
+def fitting_inputs(inputs: dict[str, Any], accepted: frozenset[str]) -> dict[str, Any]:
+    """The inputs that a backbone takes, of those that tokenizers add unasked."""
     inputs = {name: value for name, value in inputs.items() if name in accepted or name not in _OPTIONAL_INPUTS}
     if "use_cache" in accepted:
         inputs.setdefault("use_cache", False)  # one forward pass per example: a key-value cache is waste
@@ -116,7 +117,7 @@ class StockHead(nn.Module):
         return shell
 
     def forward(self, backbone: PreTrainedModel, **inputs: Any) -> Any:
-        inputs = _fitting(inputs, self.accepted)
+        inputs = fitting_inputs(inputs, self.accepted)
         if self.backbone_path:
             backbone = backbone.get_submodule(self.backbone_path)
         if not self.last_token:
@@ -127,6 +128,13 @@ class StockHead(nn.Module):
         return SequenceClassifierOutput(
             logits=self.score(pooled), hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
         )
+
+
+def feature_width(config: PreTrainedConfig) -> int | None:
+    """Width of a backbone's features, if its configuration tells."""
+    text = config.get_text_config()
+    sizes = getattr(text, "hidden_sizes", None)
+    return getattr(text, "hidden_size", None) or (sizes[-1] if sizes else None)
 
 
 class PooledHead(nn.Module):
@@ -144,11 +152,10 @@ class PooledHead(nn.Module):
         self, config: PreTrainedConfig, pooling: str, num_labels: int, feature_size: int | None = None
     ) -> None:
         super().__init__()
-        text = config.get_text_config()
-        sizes = getattr(text, "hidden_sizes", None)
-        width = feature_size or getattr(text, "hidden_size", None) or (sizes[-1] if sizes else None)
+        width = feature_size or feature_width(config)
         if width is None:
             raise ValueError(f"{type(config).__name__} does not tell the width of its features; set feature_size")
+        text = config.get_text_config()
         dropout = getattr(text, "classifier_dropout", None)
         if dropout is None:
             dropout = getattr(text, "hidden_dropout_prob", None) or 0.0
@@ -158,38 +165,46 @@ class PooledHead(nn.Module):
 
     def forward(self, backbone: PreTrainedModel, **inputs: Any) -> Any:
         accepted = frozenset(inspect.signature(type(backbone).forward).parameters)
-        inputs = _fitting(inputs, accepted)
+        inputs = fitting_inputs(inputs, accepted)
         if self.pooling == "last_token":
             inputs = mask_positions(inputs, accepted)
         outputs = backbone(**inputs)
-        logits = self.classifier(self.dropout(self.pool(outputs, inputs, backbone)))
+        logits = self.classifier(self.dropout(pool_hidden(self.pooling, outputs, inputs, backbone)))
         return SequenceClassifierOutput(
             logits=logits, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
         )
 
-    def pool(self, outputs: Any, inputs: dict[str, Any], backbone: PreTrainedModel) -> torch.Tensor:
-        """The pooled features, of shape `(batch_size, feature_size)`."""
-        if self.pooling == "pooler":
-            if outputs.get("pooler_output") is None:
-                raise ValueError(f"{type(backbone).__name__} gives no pooler_output; choose another pooling")
-            return outputs.pooler_output.flatten(1)
-        hidden = outputs.last_hidden_state
-        if self.pooling == "image_pool":
-            return hidden.flatten(2).mean(-1) if hidden.dim() == 4 else hidden.mean(1)
-        if hidden.dim() != 3:
-            raise ValueError(
-                f"pooling {self.pooling!r} needs one vector per token, but {type(backbone).__name__} gives features "
-                f"of shape {tuple(hidden.shape)}; choose pooler or image_pool"
-            )
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        if self.pooling == "last_token":
-            return _last_hidden(hidden, inputs, backbone.config)
-        mask = inputs.get("attention_mask")
-        if mask is None or mask.shape != hidden.shape[:2]:
-            return hidden.mean(1)
-        weights = mask.to(hidden.dtype).unsqueeze(-1)
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+def pool_hidden(pooling: str, outputs: Any, inputs: dict[str, Any], backbone: PreTrainedModel) -> torch.Tensor:
+    """The pooled features of a backbone's outputs, of shape `(batch_size, feature_size)`.
+
+    Args:
+        pooling (`str`): As in [`PooledHead`].
+        outputs ([`ModelOutput`]): What the backbone returned.
+        inputs (`dict`): What it was given; the mask is read.
+        backbone ([`PreTrainedModel`]): The backbone.
+    """
+    if pooling == "pooler":
+        if outputs.get("pooler_output") is None:
+            raise ValueError(f"{type(backbone).__name__} gives no pooler_output; choose another pooling")
+        return outputs.pooler_output.flatten(1)
+    hidden = outputs.last_hidden_state
+    if pooling == "image_pool":
+        return hidden.flatten(2).mean(-1) if hidden.dim() == 4 else hidden.mean(1)
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"pooling {pooling!r} needs one vector per token, but {type(backbone).__name__} gives features "
+            f"of shape {tuple(hidden.shape)}; choose pooler or image_pool"
+        )
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "last_token":
+        return _last_hidden(hidden, inputs, backbone.config)
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.shape != hidden.shape[:2]:
+        return hidden.mean(1)
+    weights = mask.to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 class ZeroShotHead(nn.Module):
