@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .baselines import finetune_baseline, probe_episodes
 from .collating import EpisodeCollator, collate_rows
 from .conditioning import TaskConditioning
 from .encoders import EpisodeEncoder, PooledEncoder
@@ -13,6 +14,7 @@ from .graphs import GraphDataset, NodeFeatures, select_graphs
 from .heads import MatchingHead, PrototypicalHead, class_means, prototype_logits
 from .mixup import latent_mixup_loss, mixup_masks
 from .model import FewShotModel, FewShotModelConfig, FewShotOutput
+from .node_statistics import node_statistics
 from .settings import FewShotConfig
 from .trainer import FewShotTrainer
 
@@ -40,11 +42,14 @@ __all__ = [
     "class_means",
     "collate_rows",
     "evaluate_episodes",
+    "finetune_baseline",
     "labels_of",
     "latent_mixup_loss",
     "load_graph_set",
     "load_tu_dataset",
     "mixup_masks",
+    "node_statistics",
+    "probe_episodes",
     "prototype_logits",
     "select_graphs",
     "split_graphs",

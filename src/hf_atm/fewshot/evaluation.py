@@ -110,13 +110,13 @@ def evaluate_episodes(
 
 @torch.no_grad()
 def embed_rows(
-    model: FewShotModel,
+    model: Any,
     dataset: Any,
     rows: Sequence[int] | np.ndarray,
     item_collator: Callable | None = None,
     items_per_batch: int = 256,
 ) -> torch.Tensor:
-    """Embeddings of the given rows without conditioning, `(rows, d)`, in the model's present mode."""
+    """Embeddings of the given rows by `model.encoder` without conditioning, `(rows, d)`, in its present mode."""
     device = next(model.parameters()).device
     batches = (
         to_device(collate_rows(dataset, rows[start : start + items_per_batch], item_collator), device)
