@@ -85,12 +85,12 @@ def test_bad_graphs_are_refused_in_one_sentence(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def write(folder, split=None, train=(0, 1), test=(2,), drop=()):
+def write(folder, split=None, train=(0, 1), test=(2,), drop=(), names=("1", "2", "3")):
     features = datasets.Features(
         {
             "num_nodes": datasets.Value("int32"),
             "edge_index": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
-            "label": datasets.ClassLabel(names=["1", "2", "3"]),
+            "label": datasets.ClassLabel(names=list(names)),
         }
     )
     for part, classes in (("train", train), ("validation", train), ("test", test)):

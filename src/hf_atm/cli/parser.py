@@ -61,6 +61,20 @@ the model N x N + 3 times; hf-atm card then shows the picture.
 
     hf-atm landscape runs/glue_local examples/configs/glue_local.yaml --expert sst2"""
 
+_FEWSHOT_HELP = """\
+Trains an encoder on episodes of base classes and tests it on classes it has never seen, from a few samples each. One YAML
+file names model, data and settings; every field of FewShotConfig may follow it and replaces what it says:
+
+    model: {encoder: gin, hidden_size: 32, num_layers: 3, pooling: sum}    # or {backbone: ID or folder, pooling: mean}
+    data: {graphs: letter_high}          # or {dataset: ..., base: [classes], novel: [classes]}
+    training: {n_way: 4, k_shot: 10, n_query: 15, num_train_epochs: 5, output_dir: runs/letters}
+    seeds: [0, 1, 2]
+    baselines: [untrained, finetune, node_statistics]
+
+    hf-atm fewshot examples/fewshot/letter_high.yaml --num_train_epochs 2
+
+Graphs need the extra hf-atm[graphs]. Prints a table with 95 % intervals over episodes and the spread over seeds."""
+
 _PUSH_HELP = """\
 Uploads a folder in one commit: model, heads, exports in tasks/, adapters, card, figures, reports. Checkpoints and
 unfinished files stay here, and nothing here is changed. A new repository is private. The token is that of
@@ -231,6 +245,17 @@ def build_parser() -> argparse.ArgumentParser:
     landscape.add_argument(
         "--resolution", type=int, default=13, metavar="N", help="columns and rows (default: %(default)s)"
     )
+
+    fewshot = commands.add_parser(
+        "fewshot",
+        help="learn from a few samples per class: episodes, prototypes, novel classes",
+        description=_FEWSHOT_HELP,
+        usage="hf-atm fewshot [-h] [--debug] [--quiet] CONFIG.yaml [--FIELD VALUE ...]",
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    fewshot.add_argument("config", metavar="CONFIG.yaml", help="see examples/fewshot")
 
     card = commands.add_parser(
         "card",

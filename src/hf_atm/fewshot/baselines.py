@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from ..seeding import derive_seed, isolated_rng
 from .collating import collate_rows
@@ -132,7 +132,9 @@ def finetune_baseline(
         report_to="none",
         **{name: getattr(args, name) for name in _SHARED},
     )
-    Trainer(model, settings, data_collator=collate, train_dataset=rows).train()
+    trainer = Trainer(model, settings, data_collator=collate, train_dataset=rows)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     model.eval()
     features = embed_rows(model, test_dataset, np.arange(len(test_dataset)), item_collator)
     return probe_episodes(

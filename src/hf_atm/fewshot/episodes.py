@@ -163,3 +163,27 @@ def check_class_split(base: Iterable[int], novel: Iterable[int]) -> None:
     both = sorted(set(base) & set(novel))
     if both:
         raise ValueError(f"classes {', '.join(map(str, both))} are both base and novel; keep each in one of them.")
+
+
+def class_indices(classes: Iterable[Any], names: Sequence[str] | None, where: str = "classes") -> list[int]:
+    """Labels of classes given by name; without names, by label. A number that is a name means that name.
+
+    Args:
+        classes (`Iterable`): Names or labels.
+        names (`Sequence[str]`, *optional*): Names of all classes, in the order of their labels.
+        where (`str`, *optional*, defaults to `"classes"`): Said in the message.
+
+    Returns:
+        `list[int]`: ascending.
+
+    Raises:
+        ValueError: If a class is unknown.
+    """
+    if names is None:
+        return sorted(int(label) for label in classes)
+    known = list(names)
+    wanted = list(classes)
+    unknown = [label for label in wanted if str(label) not in known]
+    if unknown:
+        raise ValueError(f"{where} names the class {unknown[0]!r}; the classes are {', '.join(known)}.")
+    return sorted(known.index(str(label)) for label in wanted)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from ..seeding import derive_seed
-from .episodes import check_class_split
+from .episodes import check_class_split, class_indices
 from .graphs import GraphDataset, NodeFeatures
 from .require import torch_geometric
 
@@ -60,7 +60,7 @@ def load_graph_set(folder: str | os.PathLike, features: str = "auto") -> GraphSe
     tables = {split: _table(path / f"{split}.parquet") for split in _SPLITS}
     names = getattr(tables["train"].features["label"], "names", None)
     split = json.loads((path / "classes_split.json").read_text(encoding="utf-8"))
-    base, novel = (_labels(split[part], names) for part in ("train", "test"))
+    base, novel = (class_indices(split[part], names, "classes_split.json") for part in ("train", "test"))
     kind: str | NodeFeatures = features
     parts: dict[str, GraphDataset] = {}
     for part, table in tables.items():
@@ -145,15 +145,6 @@ def _table(path: Path) -> Any:
         if column not in table.column_names:
             raise ValueError(f"{path.name} has no column {column!r}; its columns are {', '.join(table.column_names)}.")
     return table
-
-
-def _labels(classes: Sequence[Any], names: Sequence[str] | None) -> list[int]:
-    if names is None:
-        return sorted(int(label) for label in classes)
-    unknown = [label for label in classes if str(label) not in names]
-    if unknown:
-        raise ValueError(f"classes_split.json names the class {unknown[0]!r}; the classes are {', '.join(names)}.")
-    return sorted(list(names).index(str(label)) for label in classes)
 
 
 def _checked(graph_set: GraphSet) -> GraphSet:
