@@ -18,6 +18,7 @@ from .conditioning import TaskConditioning
 from .encoders import EpisodeEncoder, PooledEncoder
 from .gin import GINEncoder
 from .heads import MatchingHead, PrototypicalHead, class_means
+from .support import SupportMixin
 
 
 HEADS = ("matching", "prototypical")
@@ -34,6 +35,7 @@ class FewShotModelConfig(PreTrainedConfig):
         distance (`str`, *optional*, defaults to `"sqeuclidean"`): Of the prototypical head; or `"cosine"`.
         conditioning (`bool`, *optional*, defaults to `False`): Whether the support set conditions the encoder.
         gamma_init, beta_init (`float`, *optional*, defaults to 0.0 and 1.0): See [`TaskConditioning`].
+        support (`dict`, *optional*): Rows, labels and classes of the support set, kept by the model itself.
     """
 
     model_type = "atm_few_shot"
@@ -49,6 +51,7 @@ class FewShotModelConfig(PreTrainedConfig):
     conditioning: bool = False
     gamma_init: float = 0.0
     beta_init: float = 1.0
+    support: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head not in HEADS:
@@ -77,7 +80,7 @@ class FewShotOutput(ModelOutput):
     prototypes: Any = None
 
 
-class FewShotModel(PreTrainedModel):
+class FewShotModel(SupportMixin):
     """Classifies queries by a support set of a few samples per class, https://huggingface.co/papers/2206.03695.
 
     Args:
@@ -126,6 +129,8 @@ class FewShotModel(PreTrainedModel):
             self.conditioning = TaskConditioning(
                 self.encoder.num_film_layers, self.encoder.embedding_dim, config.gamma_init, config.beta_init
             )
+        if config.support:
+            self._init_support()
         self.post_init()
 
     @classmethod

@@ -99,7 +99,11 @@ class FewShotTrainer(Trainer):
         return None if dataset is None else SequentialSampler(dataset)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """See [`~transformers.Trainer.train`]; a scale of `"auto"` is set first, from the first episode."""
+        """See [`~transformers.Trainer.train`]; a scale of `"auto"` is set first, from the first episode.
+
+        A support set that the model keeps is dropped, since its embeddings would be those of other weights.
+        """
+        self.model.forget_support()
         self.calibrate()
         return super().train(*args, **kwargs)
 
