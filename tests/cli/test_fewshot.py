@@ -131,6 +131,7 @@ def test_a_graph_set_trains(config, tmp_path, capsys):
         ({"test_episodes": 1}, "test_episodes is 1"),
         ({"training": {"n_ways": 3}}, "training has the unknown key 'n_ways'; did you mean 'n_way'?"),
         ({"training": {"n_way": 4}}, "episodes of 4 classes need 4 of them, and there are 3"),
+        ({"training": {"k_shot": 8}}, "class 0 has 10 samples, and an episode takes 8 + 3 of each class"),
         ({"episodes": 3}, "config has the unknown key 'episodes'"),
     ],
 )

@@ -199,6 +199,11 @@ def test_bad_settings_are_refused_in_one_sentence(settings, changes, message):
 def test_data_that_do_not_suffice_are_refused(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         trainer(settings(**changes))
+    enough = Vectors(classes=6, each=40)
+    with pytest.raises(ValueError, match=message):
+        trainer(settings(**changes), enough, Vectors())
+    with pytest.raises(ValueError, match=message):
+        trainer(settings(**changes), enough, {"a": enough, "b": Vectors()})
 
 
 def test_narrow_embeddings_cannot_have_block_masks(settings):

@@ -16,7 +16,7 @@ from transformers import ProgressCallback
 from ..checkpoint import write_json
 from ..fewshot import FewShotConfig, FewShotModel, FewShotTrainer, GINEncoder, check_class_split, evaluate_episodes
 from ..fewshot.baselines import finetune_baseline, probe_episodes
-from ..fewshot.episodes import class_indices
+from ..fewshot.episodes import EpisodeSampler, class_indices, labels_of
 from ..fewshot.graph_sets import load_graph_set, load_tu_dataset
 from ..fewshot.graphs import GraphDataset
 from ..fewshot.node_statistics import node_statistics
@@ -141,7 +141,11 @@ def few_shot(config: str, overrides: Sequence[str] = (), quiet: bool = False) ->
     experiment: Any = read_few_shot(config, overrides)
     calm_libraries()
     data = _load(experiment)
-    output = Path(experiment.args.output_dir)
+    args: Any = experiment.args
+    for part, classes in ((data.train, data.base), (data.validation, data.base), (data.test, data.novel)):
+        # Whether they suffice must not come to light after training.
+        EpisodeSampler(labels_of(part), args.n_way, args.k_shot, args.n_query, 1, classes)
+    output = Path(args.output_dir)
     rows: dict[str, dict[int, dict[str, float]]] = {}
     for seed in experiment.seeds:
         folder = output if len(experiment.seeds) == 1 else output / f"seed-{seed}"

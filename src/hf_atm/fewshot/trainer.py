@@ -75,16 +75,16 @@ class FewShotTrainer(Trainer):
             )
         self.item_collator = data_collator
         self.eval_classes = None if eval_classes is None else sorted(eval_classes)
+        shape = (args.n_way, args.k_shot, args.n_query)
+        # Whether these suffice must not come to light after an epoch.
+        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            if part is not None:
+                EpisodeSampler(labels_of(part), *shape, args.eval_episodes, self.eval_classes)
+                EpisodeCollator(data_collator, part)
         sampler, collator = None, None
         if train_dataset is not None:
             sampler = EpisodeSampler(
-                labels_of(train_dataset),
-                args.n_way,
-                args.k_shot,
-                args.n_query,
-                args.episodes_per_epoch,
-                train_classes,
-                args.seed,
+                labels_of(train_dataset), *shape, args.episodes_per_epoch, train_classes, args.seed
             )
             collator = EpisodeCollator(data_collator, train_dataset)
         super().__init__(
