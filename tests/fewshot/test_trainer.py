@@ -142,6 +142,18 @@ def test_the_loss_is_the_sum_of_its_parts(settings):
     assert one > 0 and two == pytest.approx(2 * one, rel=1e-3)
 
 
+def test_a_step_is_the_mean_over_its_episodes_however_they_are_split(settings):
+    run = trainer(settings(conditioning=True, gamma_init=0.5, mixup_weight=1.0, mixup_mask="blocks", scale=0.1))
+    episodes = [run.train_dataset[i] for i in range(4)]
+
+    def loss(part):
+        return run.compute_loss(run.model, run.data_collator(part)).item()
+
+    halves = (loss(episodes[:2]) + loss(episodes[2:])) / 2
+    assert loss(episodes) == pytest.approx(halves, rel=1e-5)
+    assert loss(episodes[::-1]) == pytest.approx(halves, rel=1e-5)
+
+
 def test_only_the_named_classes_are_trained_on(settings):
     run = trainer(settings(), train_classes=[0, 2, 4], evaluation=Vectors(seed=3), eval_classes=[1, 3, 0])
     assert {label for i in range(24) for label in run.train_dataset[i].classes} == {0, 2, 4}

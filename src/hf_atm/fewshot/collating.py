@@ -27,7 +27,7 @@ class EpisodeCollator:
 
     Returns:
         From a call, `dict`: `items`, the distinct samples collated; `index`, int64 `(episodes, N, K + Q)`, which of
-        them each place of an episode is, support first; `k_shot`; and `seed`, for what else is random in the step.
+        them each place of an episode is, support first; `k_shot`; and `seeds`, one per episode, for what else is random about it.
     """
 
     def __init__(self, item_collator: Callable | None, dataset: Any) -> None:
@@ -42,19 +42,29 @@ class EpisodeCollator:
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Any]:
         rows = np.stack([np.concatenate([episode.support, episode.query], axis=1) for episode in episodes])
         distinct, index = np.unique(rows, return_inverse=True)
-        seed = derive_seed("step", episodes[0].seed)
-        with isolated_rng(seed):  # a transform that draws does so alike in any process
+        with isolated_rng(
+            derive_seed("items", episodes[0].seed)
+        ):  # a transform that draws does so alike in any process
             items = collate_rows(self.dataset, distinct, self.item_collator)
         return {
             "items": items,
             "index": torch.from_numpy(index.reshape(rows.shape).astype(np.int64)),
             "k_shot": episodes[0].support.shape[1],
-            "seed": seed,
+            "seeds": [derive_seed("mixup", episode.seed) for episode in episodes],
         }
 
 
 def collate_rows(dataset: Any, rows: Sequence[int] | np.ndarray, item_collator: Callable | None = None) -> Any:
-    """Rows of a data set as one batch without labels; see [`EpisodeCollator`]."""
+    """Rows of a data set as one batch without labels.
+
+    Args:
+        dataset (`Sequence`): A map-style data set.
+        rows (`Sequence[int]`): The rows, in the order wanted.
+        item_collator (`Callable`, *optional*): See [`EpisodeCollator`].
+
+    Returns:
+        What the item collator makes of them.
+    """
     if item_collator is None:
         return dataset.batch(rows)
     places = [int(row) for row in rows]

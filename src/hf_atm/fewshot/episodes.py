@@ -157,6 +157,9 @@ def labels_of(dataset: Any) -> np.ndarray:
 def check_class_split(base: Iterable[int], novel: Iterable[int]) -> None:
     """Refuses base and novel classes that overlap: scores on novel classes would be those of seen ones.
 
+    Args:
+        base, novel (`Iterable[int]`): The classes.
+
     Raises:
         ValueError: Naming the classes in both.
     """

@@ -17,7 +17,13 @@ from .model import FewShotModel
 def accuracy_interval(accuracies: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean of the episodes' accuracies and half the width of its 95 % interval, `1.96 * s / sqrt(n)`.
 
-    The interval is that of the episodes drawn, not of training: repeat that with other seeds. One episode gives NaN.
+    The interval is that of the episodes drawn, not of training: repeat that with other seeds.
+
+    Args:
+        accuracies (`Sequence[float]`): One per episode; a single one has an interval of NaN.
+
+    Returns:
+        `tuple[float, float]`: mean and half width.
     """
     values = np.asarray(accuracies, dtype=np.float64)
     spread = values.std(ddof=1) if len(values) > 1 else math.nan

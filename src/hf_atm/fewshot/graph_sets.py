@@ -117,7 +117,15 @@ def split_graphs(
     validation: float = 0.2,
     seed: int = 0,
 ) -> GraphSet:
-    """Splits torch_geometric's `Data` objects as [`load_tu_dataset`] does."""
+    """Splits graphs by class, and those of base classes into training and validation.
+
+    Args:
+        graphs (`Sequence[Data]`): torch_geometric's, each with `num_nodes`, `edge_index`, `y` and perhaps `x`.
+        base, novel, features, validation, seed: As in [`load_tu_dataset`].
+
+    Raises:
+        ValueError: If base and novel classes overlap.
+    """
     check_class_split(base, novel)
     if not 0 < validation < 1:
         raise ValueError(f"validation is {validation}; it is a share, above 0 and below 1.")

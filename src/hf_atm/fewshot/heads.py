@@ -56,6 +56,9 @@ def prototype_logits(
         prototypes (`torch.Tensor` of shape `(..., N, d)`): One per class.
         scale (`torch.Tensor` or `float`): Inverse temperature.
         distance (`str`, *optional*, defaults to `"sqeuclidean"`): Or `"cosine"`.
+
+    Raises:
+        ValueError: If the widths differ.
     """
     if query.shape[-1] != prototypes.shape[-1]:
         raise ValueError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 
 from .heads import prototype_logits
@@ -10,10 +13,10 @@ from .heads import prototype_logits
 MASKS = ("blocks", "exact")
 _FEWEST_BLOCKS = 10
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
-def mixup_masks(
-    alpha: torch.Tensor, dim: int, mask: str = "blocks", generator: torch.Generator | None = None
-) -> torch.Tensor:
+
+def mixup_masks(alpha: torch.Tensor, dim: int, mask: str = "blocks", generator: Generators = None) -> torch.Tensor:
     """Which dimensions of a mixture come from its first embedding.
 
     Args:
@@ -22,7 +25,8 @@ def mixup_masks(
         mask (`str`, *optional*, defaults to `"blocks"`): `"blocks"` divides the dimensions into 10 to `dim - 1` blocks
             and draws `alpha` of them with replacement, so that less than `alpha` is covered; `"exact"` takes
             `round(alpha * dim)` dimensions.
-        generator (`torch.Generator`, *optional*): A CPU generator; torch's own by default.
+        generator (`torch.Generator` or list of them, *optional*): A CPU generator, or one for each entry of the first
+            axis; torch's own by default.
 
     Returns:
         `torch.Tensor` of shape `(..., dim)`, bool, on the device of `alpha`.
@@ -31,10 +35,10 @@ def mixup_masks(
     shape, device = alpha.shape, alpha.device
     alpha = alpha.detach().cpu().unsqueeze(-1)
     if mask == "exact":
-        order = torch.rand(*shape, dim, generator=generator).argsort(-1)
+        order = _drawn(torch.rand, (*shape, dim), generator).argsort(-1)
         return (order < (alpha * dim).round()).to(device)
-    blocks = torch.randint(_FEWEST_BLOCKS, dim, (*shape, 1), generator=generator)
-    drawn = (torch.rand(*shape, dim, generator=generator) * blocks).long().clamp(max=blocks - 1)
+    blocks = _drawn(partial(torch.randint, _FEWEST_BLOCKS, dim), (*shape, 1), generator)
+    drawn = (_drawn(torch.rand, (*shape, dim), generator) * blocks).long().clamp(max=blocks - 1)
     wanted = torch.arange(dim) < (alpha * blocks).floor()
     # A place behind the last block takes what is not wanted.
     chosen = torch.zeros(*shape, dim + 1, dtype=torch.bool)
@@ -42,6 +46,13 @@ def mixup_masks(
     chosen[..., dim] = False
     block = torch.arange(dim) // (dim // blocks)
     return chosen.gather(-1, torch.where(block < blocks, block, dim)).to(device)
+
+
+def _drawn(draw: Callable, shape: Sequence[int], generator: Generators) -> torch.Tensor:
+    """Random numbers, those of each entry of the first axis from its own generator if there are several."""
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([draw(tuple(shape[1:]), generator=own) for own in generator])
+    return draw(tuple(shape), generator=generator)
 
 
 def check_mask(mask: str, dim: int) -> None:
@@ -60,7 +71,7 @@ def latent_mixup_loss(
     prototypes: torch.Tensor,
     scale: torch.Tensor | float,
     mask: str = "blocks",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     distance: str = "sqeuclidean",
     alpha: float | None = None,
 ) -> torch.Tensor:
@@ -75,7 +86,8 @@ def latent_mixup_loss(
         prototypes (`torch.Tensor` of shape `(..., N, d)`): One per class.
         scale (`torch.Tensor` or `float`): Inverse temperature of the head.
         mask (`str`, *optional*, defaults to `"blocks"`): See [`mixup_masks`].
-        generator (`torch.Generator`, *optional*): A CPU generator that decides pairs, shares and masks.
+        generator (`torch.Generator` or list of them, *optional*): A CPU generator that decides pairs, shares and
+            masks, or one for each episode, so that these do not depend on the others.
         distance (`str`, *optional*, defaults to `"sqeuclidean"`): As in the head.
         alpha (`float`, *optional*): A fixed share; drawn from U(0, 1) by default.
 
@@ -93,8 +105,8 @@ def latent_mixup_loss(
     pairs = torch.combinations(torch.arange(num_classes), 2)
     shape = (*query.shape[:-2], len(pairs))
     # Of each class the member with the largest number stands for it in a pair.
-    keys = torch.rand(*shape, query.shape[-2], generator=generator).to(device)
-    shares = torch.rand(shape, generator=generator) if alpha is None else torch.full(shape, float(alpha))
+    keys = _drawn(torch.rand, (*shape, query.shape[-2]), generator).to(device)
+    shares = _drawn(torch.rand, shape, generator) if alpha is None else torch.full(shape, float(alpha))
     masks = mixup_masks(shares, query.shape[-1], mask, generator).to(device)
     shares = shares.to(device).unsqueeze(-1)
     first, second = (

@@ -132,7 +132,7 @@ class FewShotTrainer(Trainer):
                 outputs.prototypes,
                 plain.head.scale,
                 mask=self.args.mixup_mask,
-                generator=torch.Generator().manual_seed(inputs["seed"]),
+                generator=[torch.Generator().manual_seed(seed) for seed in inputs["seeds"]],
                 distance=plain.head.distance,
             )
         if plain.conditioning is not None and self.args.film_weight:
