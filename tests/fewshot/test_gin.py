@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_atm.fewshot import FewShotModel, FewShotTrainer, GINEncoder, GraphDataset, split_graphs
+from hf_atm.fewshot import FewShotModel, FewShotTrainer, GINEncoder, GraphDataset, load_tu_dataset, split_graphs
 
 from . import reference
 from .test_graphs import random_graphs
@@ -132,6 +132,28 @@ def test_a_torch_geometric_batch_is_taken_as_it_is():
     assert set(parts.test.labels.tolist()) == {2}
     again = split_graphs(listed, [1, 0], [2], validation=0.25)
     assert torch.equal(again.train.graphs["x"], parts.train.graphs["x"])
+    with pytest.raises(ValueError, match="validation is 1.0"):
+        split_graphs(listed, [0, 1], [2], validation=1.0)
+
+
+def test_a_tu_dataset_is_split_by_class(monkeypatch, tmp_path):
+    from torch_geometric import datasets
+    from torch_geometric.data import Data
+
+    def download(root, name, use_node_attr):
+        assert (root, name, use_node_attr) == (str(tmp_path), "COIL-DEL", True)
+        sizes, edges, labels, _ = random_graphs(30)
+        return [
+            Data(num_nodes=int(size), edge_index=torch.from_numpy(edge), y=torch.tensor([int(y)]))
+            for size, edge, y in zip(sizes, edges, labels, strict=True)
+        ]
+
+    monkeypatch.setattr(datasets, "TUDataset", download)
+    parts = load_tu_dataset("COIL-DEL", tmp_path, base=[0, 2], novel=[1])
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (16, 4, 10)
+    assert parts.train.features.kind == "degree" and set(parts.validation.labels.tolist()) == {0, 2}
+    with pytest.raises(ValueError, match="classes 1 are both base and novel"):
+        load_tu_dataset("COIL-DEL", tmp_path, base=[0, 1], novel=[1])
 
 
 @pytest.mark.parametrize(
