@@ -55,6 +55,7 @@ SETS: dict[str, dict[str, Any]] = {
     },
 }
 METHODS: dict[str, dict[str, Any]] = {
+    "degrees": {},
     "node_statistics": {},
     "untrained": {},
     "finetune": {},
@@ -65,6 +66,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "mixup_exact": {"mixup_weight": ..., "mixup_mask": "exact"},
     "both": {"conditioning": True, "mixup_weight": ...},
 }
+
+# Sizes and degrees alone, and with what triangles is about: triangles and the spectrum, which counts them too.
+DESCRIPTORS: dict[str, dict[str, Any]] = {"degrees": {"eigenvalues": 0, "triangles": False}, "node_statistics": {}}
 
 
 def run_cell(name: str, method: str, seed: int, data: GraphSet, options: argparse.Namespace) -> dict[str, float]:
@@ -84,7 +88,7 @@ def run_cell(name: str, method: str, seed: int, data: GraphSet, options: argpars
                 **{"num_train_epochs": 1, "episodes_per_epoch": options.episodes},
                 **{"per_device_train_batch_size": options.episodes_per_step},
                 **{"save_strategy": "no", "logging_strategy": "no", "report_to": "none"},
-                **{"disable_tqdm": True, "use_cpu": True},
+                **{"disable_tqdm": True, "use_cpu": not torch.accelerator.is_available()},
                 **spec["training"],
                 **changes,
             }
@@ -92,8 +96,8 @@ def run_cell(name: str, method: str, seed: int, data: GraphSet, options: argpars
         started = time.perf_counter()
         # Test episodes are the same for every seed of training.
         common = (args.n_way, args.k_shot, args.n_query, options.test_episodes, data.novel, 0)
-        if method == "node_statistics":
-            result = probe_episodes(node_statistics(data.test), data.test.labels, *common)
+        if method in DESCRIPTORS:
+            result = probe_episodes(node_statistics(data.test, **DESCRIPTORS[method]), data.test.labels, *common)
             return {**result, "seconds": time.perf_counter() - started}
         with isolated_rng(derive_seed("encoder", seed)):
             encoder = GINEncoder(data.train.features.size, **spec["encoder"])
@@ -131,7 +135,7 @@ def main() -> None:
     for name in options.sets:
         data = load_graph_set(options.data / name)
         for method in options.methods:
-            for seed in options.seeds if method != "node_statistics" else options.seeds[:1]:
+            for seed in options.seeds[:1] if method in DESCRIPTORS else options.seeds:
                 path = options.output / f"{name}-{method}-{seed}.json"
                 identity = as_json(
                     {**budget, "set": SETS[name], "method": {k: str(v) for k, v in METHODS[method].items()}}

@@ -74,8 +74,11 @@ def _identity():
 
 def test_statistics_of_graphs_equal_brute_force():
     sizes, edges, labels, _ = random_graphs(20, most=8)
-    result = node_statistics(GraphDataset(sizes, edges, labels), max_degree=5, eigenvalues=3)
+    dataset = GraphDataset(sizes, edges, labels)
+    result = node_statistics(dataset, max_degree=5, eigenvalues=3)
     assert result.shape == (20, 4 + 6 + 6)
+    plain = node_statistics(dataset, max_degree=5, eigenvalues=0, triangles=False)
+    assert np.array_equal(plain, result[:, [0, 1, 4, 5, 6, 7, 8, 9]])
     for row, (size, edge) in enumerate(zip(sizes, edges, strict=True)):
         adjacency = np.zeros((size, size))
         adjacency[edge[0], edge[1]] = 1
