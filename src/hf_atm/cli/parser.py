@@ -205,6 +205,11 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--out-dtype", metavar="TYPE", help="float32, bfloat16, float16 or float64; replaces the recipe's"
     )
+    merge.add_argument(
+        "--align",
+        choices=("c2m3", "git-rebasin", "merge-many"),
+        help="bring models from different starts into one order of units first; replaces the recipe's",
+    )
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: %(default)s)")
     merge.add_argument("--device", metavar="NAME", help="where to compute, such as cuda (default: the CPU)")
     merge.add_argument("--threads", type=int, metavar="N", help="workers (default: one per core)")
