@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from hf_atm.alignment import Alignment, Permutation, spec_for
+from hf_atm.hub import files_to_push
 from hf_atm.merging import merge_checkpoints, read_recipe
 from hf_atm.merging.checkpoints import merge as merge_module
 from hf_atm.merging.recipes import merge_recipe
@@ -207,6 +209,7 @@ def test_record_card_and_maps(tmp_path):
     maps = Alignment.load(tmp_path / "out" / "alignment" / "alignment.safetensors")
     mapped = maps.map(1, 0).apply(states[1])
     assert all(torch.equal(mapped[name], states[0][name]) for name in mapped)
+    assert Path("alignment", "alignment.safetensors") in files_to_push(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`c2m3` brought the units" in card and "2405.17897" in card and "align:" in card
     # The maps are of that merge, and no side file of a later one.

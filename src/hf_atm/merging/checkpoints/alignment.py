@@ -28,8 +28,8 @@ MAPS_NAME = "alignment/alignment.safetensors"
 
 _KEYS = ("method", "starts", "max_iter", "tol", "polish", "heads", "seed")
 _COUNTS = {"max_iter": 1, "polish": 0, "seed": 0}
-# Float32 copies of a model's tensors that alignment holds at once, for each model.
-_COPIES = 8
+# Float32 copies of each model that alignment holds at its peak, measured on encoders.
+_COPIES = 20
 
 
 def parse_align(value: Any) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def merge_checkpoints(
         `RuntimeError`: if the written result fails its verification.
 
     Cost: one pass over all inputs (more for thresholds over the whole model); memory is what `dry_run` estimates, a few
-    megabytes for linear methods whatever the size of the models. Alignment holds all models in memory, several times.
+    megabytes for linear methods whatever the size of the models. Alignment holds all models in memory, some twenty times over.
     """
     recipe = read_recipe(config_or_yaml)
     if out_dtype is not None:
