@@ -84,6 +84,20 @@ leave the evaluation.
     routing: average                                  # knn, mahalanobis, confidence, oracle: add labels to each model
     output_dir: runs/latent"""
 
+_FEWSHOT_HELP = """\
+Trains an encoder on episodes of base classes and tests it on classes it has never seen, from a few samples each. One YAML
+file names model, data and settings; every field of FewShotConfig may follow it and replaces what it says:
+
+    model: {encoder: gin, hidden_size: 32, num_layers: 3, pooling: sum}    # or {backbone: ID or folder, pooling: mean}
+    data: {graphs: letter_high}          # or {dataset: ..., base: [classes], novel: [classes]}
+    training: {n_way: 4, k_shot: 10, n_query: 15, num_train_epochs: 5, output_dir: runs/letters}
+    seeds: [0, 1, 2]
+    baselines: [untrained, finetune, node_statistics]
+
+    hf-atm fewshot examples/fewshot/letter_high.yaml --num_train_epochs 2
+
+Graphs need the extra hf-atm[graphs]. Prints a table with 95 % intervals over episodes and the spread over seeds."""
+
 _PUSH_HELP = """\
 Uploads a folder in one commit: model, heads, exports in tasks/, adapters, card, figures, reports. Checkpoints and
 unfinished files stay here, and nothing here is changed. A new repository is private. The token is that of
@@ -292,6 +306,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     latent.add_argument("config", metavar="CONFIG.yaml", help="models and data; see examples/latent")
     latent.add_argument("--output", metavar="DIR", help="replaces the file's output_dir")
+
+    fewshot = commands.add_parser(
+        "fewshot",
+        help="learn from a few samples per class: episodes, prototypes, novel classes",
+        description=_FEWSHOT_HELP,
+        usage="hf-atm fewshot [-h] [--debug] [--quiet] CONFIG.yaml [--FIELD VALUE ...]",
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    fewshot.add_argument("config", metavar="CONFIG.yaml", help="see examples/fewshot")
 
     card = commands.add_parser(
         "card",
