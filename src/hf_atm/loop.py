@@ -25,6 +25,7 @@ from .moment_weights import check_second_moments, entry_weights
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
+from .realignment import Realignment
 from .round_checkpoint import under
 from .rounds import RoundState
 from .schedule import Position, RoundPlan, Segment
@@ -131,9 +132,12 @@ class ATMLoop(LoopReport, ResumableLoop):
             surgery=args.task_vector_surgery,
             seed=args.seed,
             anchored=args.task_vector_origin == "start",
-            hold=args.task_weights == "loss_gap" or args.diagnostics == "full",
+            hold=args.task_weights == "loss_gap" or args.diagnostics == "full" or args.align_every_round,
             entrywise=args.moment_exponent > 0,
         )
+        self.realignment = None
+        if args.align_every_round and self.merging:
+            self.realignment = Realignment(model, self.groups, args.seed)
         self.memory = OptimizerMemory(args.optimizer_policy, self.groups.shared.values())
         self.diagnostics = None
         if args.diagnostics != "off" and self.merging:
@@ -288,7 +292,14 @@ class ATMLoop(LoopReport, ResumableLoop):
         if self.diagnostics is not None:
             validation = self.trainer.validation_losses if self.trainer.eval_dataset else None
             observe = partial(self.diagnostics.observe, self.rounds, validation)
-        report = self.rounds.merge(round_index, weights, losses, observe)
+        moved = {} if self.realignment is None else self.realignment.apply(self.rounds)
+        try:
+            report = self.rounds.merge(round_index, weights, losses, observe)
+        except BaseException:
+            if self.realignment is not None:
+                self.realignment.undo()
+            raise
+        report.moved_units = moved
         report.loss_gaps, report.searching = self.loss_gaps, self.searched
         self.loss_gaps, self.searched = {}, 0
         return report

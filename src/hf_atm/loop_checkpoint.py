@@ -64,6 +64,7 @@ class ResumableLoop:
             "moment_exponent": args.moment_exponent,
             "task_vector_surgery": args.task_vector_surgery,
             "task_vector_origin": args.task_vector_origin,
+            "align_every_round": args.align_every_round,
             "loss_gap_temperature": args.loss_gap_temperature,
             "task_specific_modules": list(args.task_specific_modules),
             "model": self.groups.digest(),

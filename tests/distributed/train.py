@@ -15,6 +15,7 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
+from tests.test_realignment import Reorder, tiny
 from tests.testing_utils import METRICS, TinyModel, make_data, make_trainer, parameters_of
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--eval-size", type=int, default=13, help="by default no number of processes divides it")
     parser.add_argument("--resume")
     parser.add_argument("--term", action="store_true", help="one process is told to save and stop after four steps")
+    parser.add_argument("--reorder", action="store_true", help="one task's units change places in the first round")
     parser.add_argument("--settings", type=json.loads, default={})
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -48,7 +50,7 @@ def main() -> None:
     peft = {"peft_config": LoraConfig(r=2, target_modules=["body.0", "body.2"])} if options.lora else {}
     trainer = make_trainer(
         options.folder,
-        TinyModel(dropout=options.dropout, batch_norm=options.batch_norm),
+        (tiny if options.reorder else TinyModel)(dropout=options.dropout, batch_norm=options.batch_norm),
         train_dataset={task: make_data(task, size) for task, size in sizes.items()},
         eval_dataset={task: make_data(task, options.eval_size) for task in sizes},
         compute_metrics=METRICS,
@@ -61,6 +63,10 @@ def main() -> None:
         **peft,
         **options.settings,
     )
+    if options.reorder:
+        reorder = Reorder()
+        reorder.trainer = trainer
+        trainer.add_callback(reorder)
     if options.term:
         trainer.add_callback(Signal(trainer))
     trainer.train(resume_from_checkpoint=options.resume)
@@ -70,6 +76,7 @@ def main() -> None:
         history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         scores = [record["scores"] for record in trainer.report]
         content = {"grad_norms": [entry["grad_norm"] for entry in history], "scores": scores}
+        content["moved"] = [record["moved_units"] for record in trainer.report]
         Path(options.folder, "log.json").write_text(json.dumps(content))
     trainer.end()
 

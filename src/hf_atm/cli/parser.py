@@ -58,7 +58,9 @@ Reorders the units of each model so that all agree as well as possible (C2M3). E
 before; only then do averages between them mean anything. Models that were tuned from one base need no alignment.
 
     hf-atm align ./seed-0 ./seed-1 ./seed-2 --out aligned
-    hf-atm merge recipe.yaml merged         # with models: aligned/seed-0, aligned/seed-1, aligned/seed-2"""
+    hf-atm merge recipe.yaml merged         # with models: aligned/seed-0, aligned/seed-1, aligned/seed-2
+
+In one step: hf-atm merge --align c2m3, or the recipe key align: c2m3."""
 
 _LANDSCAPE_HELP = """\
 Draws figures/landscape.png and .svg into RUN: the mean validation loss over the plane through the start, the merged model
@@ -115,6 +117,7 @@ whole and verified; an interrupted merge goes on where it stopped when the same 
     parameters: {density: 0.2, scaling_coefficient: 1.0}
     dtype: bfloat16
 
+Models from different initialisations need align: c2m3, which holds them all in memory.
 On several processes: accelerate launch --num_processes N -m hf_atm.cli merge RECIPE.yaml OUT"""
 
 
@@ -218,6 +221,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument(
         "--out-dtype", metavar="TYPE", help="float32, bfloat16, float16 or float64; replaces the recipe's"
+    )
+    merge.add_argument(
+        "--align",
+        choices=("c2m3", "git-rebasin", "merge-many"),
+        help="bring models from different starts into one order of units first; replaces the recipe's",
     )
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: %(default)s)")
     merge.add_argument("--device", metavar="NAME", help="where to compute, such as cuda (default: the CPU)")
