@@ -32,7 +32,9 @@ def kind_of(network: str) -> str:
 
 def make_optimizer(network: str, model: nn.Module) -> torch.optim.Optimizer:
     if kind_of(network) == "resnet":
-        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        # With LayerNorm a ResNet does not learn at the rate that suits BatchNorm.
+        rate, decay = (0.1, 5e-4) if "-bn-" in network else (0.03, 1e-3)
+        return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
 
 
