@@ -43,9 +43,7 @@ def main() -> None:
     }
     results, rows = {}, []
     for name, (ends, repaired) in arms.items():
-        scores = [
-            family.score(between(family, ends, step, options.steps, repaired)) for step in range(options.steps)
-        ]
+        scores = [family.score(between(family, ends, step, options.steps, repaired)) for step in range(options.steps)]
         accuracies, losses = ([score[part] for score in scores] for part in (0, 1))
         results[name] = {"barrier": barrier_height(losses), "losses": losses, "accuracies": accuracies}
         rows.append([name, results[name]["barrier"], min(accuracies)])
