@@ -30,12 +30,16 @@ def kind_of(network: str) -> str:
     return next((kind for kind in DATASETS if network.startswith(kind)), "mlp")
 
 
-def make_optimizer(network: str, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(network: str, model: nn.Module, rate: float | None, decay: float | None) -> torch.optim.Optimizer:
+    """SGD for ResNets, AdamW for others, with the rate and weight decay that suit them unless told others."""
+    usual = (1e-3, 0.05)
     if kind_of(network) == "resnet":
-        # With LayerNorm a ResNet does not learn at the rate that suits BatchNorm.
-        rate, decay = (0.1, 5e-4) if "-bn-" in network else (0.03, 1e-3)
-        return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+        # With LayerNorm a ResNet learns better at a lower rate than suits BatchNorm.
+        usual = (0.1, 5e-4) if "-bn-" in network else (0.03, 1e-3)
+    given = {"lr": usual[0] if rate is None else rate, "weight_decay": usual[1] if decay is None else decay}
+    if kind_of(network) == "resnet":
+        return torch.optim.SGD(model.parameters(), momentum=0.9, nesterov=True, **given)
+    return torch.optim.AdamW(model.parameters(), **given)
 
 
 def train(network: str, seed: int, data: Pictures, options: argparse.Namespace) -> nn.Module:
@@ -44,7 +48,7 @@ def train(network: str, seed: int, data: Pictures, options: argparse.Namespace) 
     torch.manual_seed(seed)
     model = build(network, data.shape, data.classes).to(device, memory_format=torch.channels_last)
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = make_optimizer(network, model)
+    optimizer = make_optimizer(network, model, options.learning_rate, options.weight_decay)
     count = len(data.train_labels)
     per_epoch = -(-count // options.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -97,6 +101,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--learning-rate", type=float, help="default: what suits the kind of network")
+    parser.add_argument("--weight-decay", type=float, help="likewise")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
