@@ -41,12 +41,12 @@ class EpisodicDataset(Dataset):
 
     def __init__(self, dataset: Any, head: PrototypicalTaskHead, task: str) -> None:
         self.dataset = dataset
+        self.sizes = [head.n_way, head.k_shot, head.n_query]
         feature = (getattr(dataset, "features", None) or {}).get("labels")
         names = dict(enumerate(getattr(feature, "names", None) or []))
         try:
             classes = range(len(head.prototypes))
-            sizes = (head.n_way, head.k_shot, head.n_query)
-            self.sampler = EpisodeSampler(labels_of(dataset), *sizes, len(dataset), classes, class_names=names)
+            self.sampler = EpisodeSampler(labels_of(dataset), *self.sizes, len(dataset), classes, class_names=names)
         except ValueError as error:
             raise ValueError(f"Task {task!r} has a prototypical head: {error}") from None
 
@@ -94,6 +94,11 @@ def with_episodes(model: nn.Module, datasets: Mapping[str, Any]) -> dict[str, An
         task: dataset if (head := heads[task]) is None else EpisodicDataset(dataset, head, task)
         for task, dataset in datasets.items()
     }
+
+
+def episode_sizes(datasets: Mapping[str, Any]) -> dict[str, list[int]] | None:
+    """What the episodes of each task that has any are made of; `None` if no task has."""
+    return {task: data.sizes for task, data in datasets.items() if isinstance(data, EpisodicDataset)} or None
 
 
 @torch.no_grad()

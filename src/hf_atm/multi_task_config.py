@@ -70,7 +70,9 @@ def normalize_task(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     spec["problem_type"] = problem_type
     if spec.get("head") == "prototypical":
         spec = _with_episodes(name, spec)
-    elif (stray := next((key for key in ("n_way", "k_shot", "n_query") if spec.get(key) is not None), None)) is not None:
+    elif (
+        stray := next((key for key in ("n_way", "k_shot", "n_query") if spec.get(key) is not None), None)
+    ) is not None:
         raise ValueError(f"task {name!r}: {stray} belongs to episodes; add head: prototypical, or remove it")
     return spec
 
@@ -96,6 +98,8 @@ def _with_episodes(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"task {name!r}: n_way is {spec['n_way']}, but there are {spec['num_labels']} classes")
     if spec.get("pooling") not in (None, *POOLINGS):
         raise ValueError(f"task {name!r}: unknown pooling {spec['pooling']!r}; known: {', '.join(POOLINGS)}")
+    from .fewshot.heads import check_scale  # few-shot models build on this module
+
     try:
         check_scale(spec["scale"], spec["distance"])
     except ValueError as error:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .fewshot.heads import DISTANCES, class_means, prototype_logits
+from .fewshot.heads import check_scale, class_means, prototype_logits
 from .task_modules import pooled_features
 
 
@@ -68,9 +68,8 @@ class PrototypicalTaskHead(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The scale as it starts, and no prototypes."""
-        auto = isinstance(self.start, str)
-        self.log_scale.fill_(0.0 if auto else math.log(self.start))
-        self.calibrated.fill_(not auto)
+        self.log_scale.fill_(0.0 if isinstance(self.start, str) else math.log(self.start))
+        self.calibrated.fill_(not isinstance(self.start, str))
         self.fitted.fill_(False)
         self.prototypes.zero_()
 
@@ -174,15 +173,3 @@ class PooledPrototypicalHead(PrototypicalTaskHead):
 def default_pooling(backbone: PreTrainedModel) -> str:
     """The pooling of prototypes where none is chosen: the mean of all places."""
     return "image_pool" if backbone.main_input_name == "pixel_values" else "mean"
-
-
-def check_scale(scale: Any, distance: Any) -> None:
-    """Refuses what cannot be a scale or a distance.
-
-    Raises:
-        ValueError: Naming it.
-    """
-    if distance not in DISTANCES:
-        raise ValueError(f"distance is {distance!r}; known: {', '.join(DISTANCES)}")
-    if scale != "auto" and not (isinstance(scale, (int, float)) and not isinstance(scale, bool) and scale > 0):
-        raise ValueError(f"scale is {scale!r}; use a number above 0, or 'auto'")
