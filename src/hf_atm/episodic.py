@@ -41,7 +41,7 @@ class EpisodicDataset(Dataset):
 
     def __init__(self, dataset: Any, head: PrototypicalTaskHead, task: str) -> None:
         self.dataset = dataset
-        self.sizes = [head.n_way, head.k_shot, head.n_query]
+        self.sizes = (head.n_way, head.k_shot, head.n_query)
         feature = (getattr(dataset, "features", None) or {}).get("labels")
         names = dict(enumerate(getattr(feature, "names", None) or []))
         try:
@@ -98,7 +98,7 @@ def with_episodes(model: nn.Module, datasets: Mapping[str, Any]) -> dict[str, An
 
 def episode_sizes(datasets: Mapping[str, Any]) -> dict[str, list[int]] | None:
     """What the episodes of each task that has any are made of; `None` if no task has."""
-    return {task: data.sizes for task, data in datasets.items() if isinstance(data, EpisodicDataset)} or None
+    return {task: list(data.sizes) for task, data in datasets.items() if isinstance(data, EpisodicDataset)} or None
 
 
 @torch.no_grad()
