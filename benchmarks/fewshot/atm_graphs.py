@@ -24,6 +24,7 @@ import torch
 from cells import Cells
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import PrinterCallback
 
 from hf_atm import ATMConfig, ATMTrainer, PrototypicalTaskHead
 from hf_atm.baselines.joint import JointTrainer
@@ -99,6 +100,7 @@ def run_cell(arm: str, tasks: list[str], seed: int, sets: Mapping[str, GraphSet]
             trainer_class = JointTrainer if arm == "joint" else ATMTrainer
             collators = {task: rows.collate for task, rows in data.items()}
             trainer = trainer_class(model, args, train_dataset=data, data_collator=collators)
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
     embedder = FewShotModel.from_encoder(encoder, scale=1.0).eval()
     scores = {}

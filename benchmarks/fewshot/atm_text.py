@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import Cells
+from transformers import PrinterCallback
 
 from hf_atm import ATMConfig, ATMTrainer, MultiTaskModel
 from hf_atm.baselines.presets import get_baseline
@@ -85,6 +86,7 @@ def run_cell(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
             compute_metrics={name: task.compute_metrics for name, task in tasks.items()},
             processing_class=tokenizer,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
         scores = trainer.quiet_scores({name: task.splits["test"] for name, task in tasks.items()})
     return {"scores": scores, "seconds": time.perf_counter() - started}

@@ -146,6 +146,8 @@ def load_task(spec: TaskSpec, seed: int = 0, causal_lm: bool = False) -> TaskDat
             splits[part] = split.shuffle(seed=seed).select(range(limit))
     first = next(iter(splits.values()))
     if causal_lm:
+        if spec.head is not None:
+            raise ValueError(f"task {spec.name!r}: head is {spec.head!r}, and a language model has none; leave it out")
         (text,) = _text_columns(spec, first, label=None, most=1)
         return TaskData(spec, {part: _select(spec, s, {"text": text}) for part, s in splits.items()}, "causal_lm")
 
