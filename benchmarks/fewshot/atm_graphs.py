@@ -1,7 +1,7 @@
 """Sets of graphs as tasks of one encoder: ATM and joint training beside tuning on each set alone.
 
     python benchmarks/fewshot/atm_graphs.py                               # letter_high, triangles, enzymes; three seeds
-    python benchmarks/fewshot/atm_graphs.py --arms atm --seeds 0          # one cell; cells are independent
+    python benchmarks/fewshot/atm_graphs.py --arms fedavg --seeds 0          # one cell; cells are independent
 
 Each set's task is its base classes, learned from episodes with a prototypical head; the encoder is tested on episodes of
 the novel classes. All arms take the same number of episodes of each set at the same rates, through encoders of one shape:
@@ -36,7 +36,9 @@ from hf_atm.seeding import derive_seed, isolated_rng
 WAYS = {"letter_high": 4, "triangles": 3, "enzymes": 2, "reddit": 4}
 SHOT, QUERY = 10, 15
 ENCODER: dict[str, Any] = {"hidden_size": 64, "num_layers": 3, "pooling": "mean", "dropout": 0.5}
-ARMS = ("atm", "joint", "alone", "untrained")
+SCHEDULE = {"lr_scheduler_type": "linear", "lr_schedule_scope": "run"}
+# Of the merging ones by the name of the baseline whose settings they have.
+ARMS = ("recommended", "fedavg", "joint", "alone", "untrained")
 
 
 class GraphTasks(nn.Module):
@@ -77,6 +79,9 @@ def run_cell(arm: str, tasks: list[str], seed: int, sets: Mapping[str, GraphSet]
         encoder = GINEncoder(sets[tasks[0]].train.features.size, **ENCODER)
     started = time.perf_counter()
     if arm != "untrained":
+        baseline = get_baseline(arm if arm == "fedavg" else "recommended")
+        # Without classifiers there is nothing to settle after a merge.
+        settings = {**SCHEDULE, **baseline.settings(tasks), "head_steps": 0}
         model = GraphTasks(encoder, {task: len(sets[task].base) for task in tasks})
         with tempfile.TemporaryDirectory() as scratch:
             args = ATMConfig(
@@ -95,7 +100,7 @@ def run_cell(arm: str, tasks: list[str], seed: int, sets: Mapping[str, GraphSet]
                 round_table=False,
                 dataloader_pin_memory=False,
                 dataloader_drop_last=False,
-                **get_baseline("recommended").settings(tasks),
+                **settings,
             )
             trainer_class = JointTrainer if arm == "joint" else ATMTrainer
             collators = {task: rows.collate for task, rows in data.items()}

@@ -59,6 +59,9 @@ def run_cell(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         spec.test_split, spec.max_length = "test", 48
     tasks = {spec.name: prepare_text(load_task(spec, seed), tokenizer) for spec in specs}
     model = MultiTaskModel.from_backbone(source, tasks={name: task.head for name, task in tasks.items()}, seed=seed)
+    settings = get_baseline("recommended").settings(list(tasks))
+    if not beside:
+        settings["head_steps"] = 0  # alone there is no merge after which a head would have to settle
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         args = ATMConfig(
@@ -76,7 +79,7 @@ def run_cell(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
             round_table=False,
             dataloader_pin_memory=False,
             dataloader_drop_last=False,
-            **get_baseline("recommended").settings(list(tasks)),
+            **settings,
         )
         trainer = ATMTrainer(
             model,
