@@ -11,7 +11,6 @@ Needs the extra hf-atm[graphs].
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import Cells
 from transformers import PrinterCallback
 
-from hf_atm.checkpoint import write_json
 from hf_atm.fewshot import (
     FewShotConfig,
     FewShotModel,
@@ -34,7 +33,6 @@ from hf_atm.fewshot import (
     node_statistics,
     probe_episodes,
 )
-from hf_atm.identity import as_json
 from hf_atm.seeding import derive_seed, isolated_rng
 
 
@@ -131,22 +129,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     budget = {key: getattr(options, key) for key in ("episodes", "episodes_per_step", "test_episodes")}
+    kept = Cells(options.output, budget)
     cells: dict[tuple[str, str], list[dict[str, float]]] = {}
     for name in options.sets:
         data = load_graph_set(options.data / name)
         for method in options.methods:
             for seed in options.seeds[:1] if method in DESCRIPTORS else options.seeds:
-                path = options.output / f"{name}-{method}-{seed}.json"
-                identity = as_json(
-                    {**budget, "set": SETS[name], "method": {k: str(v) for k, v in METHODS[method].items()}}
+                result = kept.result(
+                    f"{name}-{method}-{seed}",
+                    lambda name=name, method=method, seed=seed, data=data: run_cell(name, method, seed, data, options),
+                    set=SETS[name],
+                    method={key: str(value) for key, value in METHODS[method].items()},
                 )
-                kept = json.loads(path.read_text()) if path.is_file() else None
-                if kept is not None and kept["identity"] != identity:
-                    raise SystemExit(f"{path} was made with other settings; delete it, or choose another --output.")
-                if kept is None:
-                    kept = {"identity": identity, "result": run_cell(name, method, seed, data, options)}
-                    write_json(path, kept)
-                result = kept["result"]
                 cells.setdefault((method, name), []).append(result)
                 print(
                     f"{name}, {method}, seed {seed}: {result['accuracy']:.3f} in {result['seconds']:.0f} s", flush=True

@@ -108,7 +108,10 @@ class EpisodeSampler(Dataset):
     def __getitem__(self, index: int) -> Episode:
         if not 0 <= index < self.num_episodes:
             raise IndexError(f"episode {index} of {self.num_episodes} does not exist")
-        seed = derive_seed("episode", self.seed, self.epoch, int(index))
+        return self.draw(derive_seed("episode", self.seed, self.epoch, int(index)))
+
+    def draw(self, seed: int) -> Episode:
+        """The episode that a seed decides."""
         generator = np.random.Generator(np.random.PCG64(seed))
         labels = list(self.rows)
         places = sorted(_draw(generator, len(labels), self.n_way).tolist())

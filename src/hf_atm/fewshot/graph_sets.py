@@ -39,7 +39,7 @@ class GraphSet:
     novel: list[int]
 
 
-def load_graph_set(folder: str | os.PathLike, features: str = "auto") -> GraphSet:
+def load_graph_set(folder: str | os.PathLike, features: str | NodeFeatures = "auto") -> GraphSet:
     """Reads `train.parquet`, `validation.parquet`, `test.parquet` and `classes_split.json` of a folder.
 
     Columns are `num_nodes`, `edge_index` (two lists, sources and targets), `label` and perhaps `x` (features of each
@@ -47,7 +47,8 @@ def load_graph_set(folder: str | os.PathLike, features: str = "auto") -> GraphSe
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
-        features (`str`, *optional*, defaults to `"auto"`): See [`NodeFeatures`]; fitted on the training graphs.
+        features (`str` or [`NodeFeatures`], *optional*, defaults to `"auto"`): A kind of [`NodeFeatures`], fitted on the
+            training graphs, or those themselves, so that several sets share them.
 
     Raises:
         FileNotFoundError: If a file is missing.

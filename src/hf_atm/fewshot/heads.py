@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -71,6 +73,19 @@ def prototype_logits(
     return -scale * (query.unsqueeze(-2) - prototypes.unsqueeze(-3)).square().sum(-1)
 
 
+def check_scale(scale: Any, distance: Any) -> None:
+    """Refuses what cannot be the scale, or the name, of a distance.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance is {distance!r}; known: {', '.join(DISTANCES)}.")
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale != "auto" and not (number and scale > 0):
+        raise ValueError(f"scale is {scale!r}; use a number above 0, or 'auto'.")
+
+
 class PrototypicalHead(nn.Module):
     """Classifies by distance to the mean of each class's support, https://huggingface.co/papers/1703.05175.
 
@@ -84,10 +99,7 @@ class PrototypicalHead(nn.Module):
 
     def __init__(self, scale: float | str = 7.5, distance: str = "sqeuclidean") -> None:
         super().__init__()
-        if distance not in DISTANCES:
-            raise ValueError(f"distance is {distance!r}; known: {', '.join(DISTANCES)}.")
-        if scale != "auto" and not (isinstance(scale, (int, float)) and scale > 0):
-            raise ValueError(f"scale is {scale!r}; use a number above 0, or 'auto'.")
+        check_scale(scale, distance)
         if scale == "auto" and distance == "cosine":
             scale = 10.0
         self.distance = distance
