@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..merging.tensors import content_names
 from .ascent import git_rebasin, merge_many
 from .ascent import polish as polish_permutations
 from .features import feature_problem
-from .frank_wolfe import climb
+from .frank_wolfe import Climb, climb
 from .inputs import check_models, read_models
 from .mixture import Mixture
 from .permutation import Permutation
@@ -29,6 +29,9 @@ from .workers import Map, workers
 METHODS = ("c2m3", "git-rebasin", "merge-many", "activations")
 
 _DEFAULT_STARTS = ("identity", "barycentre", "barycentre", "gauge")
+
+# Shares of its way up that a step gains when a start is judged, and when its run ends.
+_JUDGED, _ENDED = 1e-2, 1e-3
 
 
 def align(
@@ -132,8 +135,11 @@ def align(
             report: dict[str, Any] = {}
             soft: list[dict[str, np.ndarray]] = []
         else:
-            vectors, history, report, point = _best_run(problem, pool, starts, max_iter, tol, polish, seed)
-            soft = _soft_maps(point, vectors[0]) if keep_soft_maps else []
+            run, reached = _best_run(problem, pool, starts, max_iter, tol, polish, seed)
+            vectors, history = run.vectors, run.values
+            report = {"start": run.start, "iterations": run.iterations, "gap": run.gap, "converged": run.converged}
+            report["starts"] = reached
+            soft = _soft_maps(run.point, vectors[0]) if keep_soft_maps else []
         value = objective(problem, vectors)
     found = _in_one_frame(spec, vectors)
     position = {index: rank for rank, index in enumerate(order)}
@@ -150,29 +156,57 @@ def align(
     )
 
 
+@dataclass
+class _Run:
+    """A start, how far Frank-Wolfe has come from it, and what rounding and polish made of that."""
+
+    start: str
+    point: Mixture
+    values: list[float] = field(default_factory=list)
+    gap: float = float("inf")
+    converged: bool = False
+    iterations: int = 0
+    vectors: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    def climb(self, pool: Map, max_iter: int, tol: float, share: float, fixed: Sequence[int] = ()) -> Climb:
+        origin = self.values[0] if self.values else None
+        found = climb(self.point, pool, max_iter, tol, share, origin, fixed)
+        self.values += found.values
+        self.gap, self.converged = found.gap, found.converged
+        return found
+
+    def settle(self, problem: Problem, pool: Map, sweeps: int) -> None:
+        self.iterations = len(self.values)
+        rounded = self.point.rounded(pool)
+        self.vectors, gains = polish_permutations(problem, rounded, pool, sweeps)
+        self.values += [objective(problem, rounded), *gains]
+
+
 def _best_run(
     problem: Problem, pool: Map, starts: Sequence[str], max_iter: int, tol: float, sweeps: int, seed: int
-) -> tuple[list[dict[str, np.ndarray]], list[float], dict[str, Any], Mixture]:
-    """The run of Frank-Wolfe, rounding and polish that ends highest; among equals the first."""
-    best: tuple[list[dict[str, np.ndarray]], list[float], dict[str, Any], Mixture] | None = None
-    reached = []
+) -> tuple[_Run, list[dict[str, Any]]]:
+    """
+    Frank-Wolfe from every start while its steps gain much; the higher half goes on, is rounded and polished.
+
+    The slow end of Frank-Wolfe is left out: the polish gains more in less time. Returns the run that ends highest, among
+    equals the first, and what every start reached.
+    """
+    runs: list[_Run] = []
     for number, start in enumerate(starts):
-        point = starting_point(problem, start, seed, list(starts[:number]).count(start))
-        values: list[float] = []
+        run = _Run(start, starting_point(problem, start, seed, list(starts[:number]).count(start)))
+        runs.append(run)
         if start == "gauge":
-            values += climb(point, pool, max_iter, tol, fixed=(0,)).values
-        run = climb(point, pool, max_iter, tol)
-        values += run.values
-        vectors = point.rounded(pool)
-        values.append(objective(problem, vectors))
-        vectors, gains = polish_permutations(problem, vectors, pool, sweeps)
-        values += gains
-        reached.append({"start": start, "objective": values[-1]})
-        if best is None or values[-1] > best[1][-1] + tol * abs(best[1][-1]) * 1e-3:
-            facts = {"start": start, "iterations": len(values) - len(gains) - 1, "gap": run.gap}
-            best = vectors, values, facts | {"converged": run.converged, "starts": reached}, point
-    assert best is not None
-    return best
+            run.climb(pool, max_iter, tol, _JUDGED, fixed=(0,))
+        if len(run.climb(pool, max_iter, tol, _JUDGED).values) == 1 and start == "identity":
+            # The models share a frame already.
+            runs = [run]
+            break
+    chosen = sorted(runs, key=lambda run: -run.values[-1])[: -(-len(runs) // 2)]
+    for run in chosen:
+        run.climb(pool, max_iter, tol, _ENDED)
+        run.settle(problem, pool, sweeps)
+    reached = [{"start": run.start, "objective": run.values[-1], "judged": run not in chosen} for run in runs]
+    return max(chosen, key=lambda run: run.values[-1]), reached
 
 
 def _in_one_frame(spec: PermutationSpec, vectors: Sequence[Mapping[str, np.ndarray]]) -> list[Permutation]:
