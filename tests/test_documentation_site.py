@@ -37,6 +37,7 @@ PACKAGES = (
     ".continual",
     ".tasks",
     ".latent",
+    ".fewshot",
 )
 needs_mkdocs = pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None, reason="MkDocs is not installed (extra `docs`)"

@@ -14,6 +14,7 @@ from hf_atm.baselines import parse_members
 from hf_atm.cli.experiment import parse_settings
 from hf_atm.cli.main import build_parser
 from hf_atm.continual import ContinualSettings
+from hf_atm.fewshot import FewShotConfig
 from hf_atm.merging import read_recipe
 
 from .pages import COMMAND_PAGES, ROOT, blocks, code_spans, commands
@@ -21,7 +22,8 @@ from .pages import COMMAND_PAGES, ROOT, blocks, code_spans, commands
 
 HF_ATM, MAKE, PYTHON = commands("hf-atm"), commands("make"), commands("python")
 YAML = blocks("yaml")
-SETTINGS = {f.name for f in fields(ATMConfig) if f.init}
+# What may follow a command's own arguments.
+SETTINGS = {"train": ATMConfig, "compare": ATMConfig, "refine": ATMConfig, "fewshot": FewShotConfig}
 SUBCOMMANDS = set(build_parser()._subparsers._group_actions[0].choices)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 # Keys of the files of `hf-atm train`, in the sections that pages show.
@@ -36,8 +38,9 @@ def words_of(line):
 def test_a_command_parses(line):
     words = words_of(line)[1:]
     args, rest = build_parser().parse_known_args(words)
-    assert not rest or args.command in ("train", "compare", "refine"), rest
-    unknown = [word for word in rest if word.startswith("--") and word.removeprefix("--") not in SETTINGS]
+    assert not rest or args.command in SETTINGS, rest
+    known = {f.name for f in fields(SETTINGS[args.command]) if f.init} if rest else set()
+    unknown = [word for word in rest if word.startswith("--") and word.removeprefix("--") not in known]
     assert not unknown
     for path in (word for word in words if word.startswith("examples/")):
         assert (ROOT / path).is_file(), path

@@ -120,6 +120,16 @@ def test_configurations_are_valid(config, monkeypatch, tmp_path):
     assert len(parsed.tasks) >= 4 and parsed.args.num_rounds >= 6
 
 
+@pytest.mark.parametrize("config", sorted(path.name for path in (EXAMPLES / "fewshot").glob("*.yaml")))
+def test_few_shot_configurations_are_valid(config, monkeypatch):
+    from hf_atm.cli import fewshot
+
+    monkeypatch.setattr(fewshot, "resolve_reference", lambda reference, folder: reference)
+    monkeypatch.setattr(Path, "is_dir", lambda self: True)
+    parsed = fewshot.read_few_shot(EXAMPLES / "fewshot" / config)
+    assert parsed.args.n_way >= 2 and parsed.test_episodes >= 1000 and parsed.baselines
+
+
 @pytest.mark.parametrize("config", sorted(path.name for path in (BENCHMARKS / "quality").glob("*.yaml")))
 def test_benchmarks_compare_at_equal_budgets(config, monkeypatch):
     from hf_atm.baselines.members import check_budgets
@@ -138,5 +148,6 @@ def test_benchmarks_compare_at_equal_budgets(config, monkeypatch):
 
 def test_the_table_lists_every_example():
     text = (EXAMPLES / "README.md").read_text()
-    for path in [*EXAMPLES.glob("*.py"), *(EXAMPLES / "configs").glob("*.yaml")]:
+    scripts = [path for path in EXAMPLES.glob("**/*.py") if "__main__" in path.read_text()]
+    for path in [*scripts, *EXAMPLES.glob("configs/*.yaml"), *EXAMPLES.glob("fewshot/*.yaml")]:
         assert path.name in text, path.name

@@ -135,6 +135,31 @@ def test_subsets_are_reproducible_and_depend_on_the_seed(tmp_path):
     assert {name: len(split) for name, split in first.splits.items()} == {"train": 10, "eval": 5}
 
 
+def test_a_few_of_each_class(tmp_path):
+    labels = ["a"] * 50 + ["b"] * 3 + ["c"] * 20
+    folder = write(tmp_path / "data", {"text": [str(i) for i in range(73)], "label": labels})
+    spec = TaskSpec("a", folder, max_train_per_class=5)
+    first, again, other = (load_task(spec, seed) for seed in (1, 1, 2))
+    assert np.bincount(first.splits["train"]["labels"][:]).tolist() == [5, 3, 5]
+    assert first.splits["train"]["text"][:] == again.splits["train"]["text"][:]
+    assert first.splits["train"]["text"][:] != other.splits["train"]["text"][:]
+    assert len(first.splits["eval"]) == 73
+    numbers = write(tmp_path / "numbers", {"text": ["x"] * 4, "label": [0.5, 1.0, 1.5, 2.0]})
+    with pytest.raises(ValueError, match="max_train_per_class needs classes"):
+        load_task(TaskSpec("a", numbers, max_train_per_class=2))
+
+
+def test_a_prototypical_head_is_in_the_models_entry(tmp_path, rows):
+    folder = write(tmp_path / "a", rows)
+    plain, episodic = (
+        load_task(TaskSpec("a", folder, **more)).head
+        for more in ({}, {"head": "prototypical", "k_shot": 2, "n_query": 1})
+    )
+    assert episodic == {**plain, "head": "prototypical", "k_shot": 2, "n_query": 1}
+    with pytest.raises(ValueError, match="a language model has none"):
+        load_task(TaskSpec("a", folder, head="prototypical", text_columns=["sentence"]), causal_lm=True)
+
+
 def test_prepare_text(tmp_path, tokenizer, rows):
     task = prepare_text(load_task(TaskSpec("a", write(tmp_path / "a", rows), max_length=3)), tokenizer)
     assert task.splits["train"][0] == {"labels": 1, "input_ids": [1, 4, 2], "attention_mask": [1, 1, 1]} | {

@@ -21,12 +21,14 @@ _EXPORTS = {
     "MergeReport": "merge_report",
     "MultiTaskConfig": "modeling",
     "MultiTaskModel": "modeling",
+    "PrototypicalTaskHead": "prototypical",
     "RoundPlan": "schedule",
     "TaskDataset": "data",
     "list_merge_methods": "merging",
     "merge_adapters": "merging",
     "merge_checkpoints": "merging",
     "merge_state_dicts": "merging",
+    "refresh_prototypes": "episodic",
     "register_merge_method": "merging",
 }
 
@@ -40,12 +42,14 @@ __all__ = [
     "MergeReport",
     "MultiTaskConfig",
     "MultiTaskModel",
+    "PrototypicalTaskHead",
     "RoundPlan",
     "TaskDataset",
     "list_merge_methods",
     "merge_adapters",
     "merge_checkpoints",
     "merge_state_dicts",
+    "refresh_prototypes",
     "register_merge_method",
 ]
 
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from .callbacks import ATMCallback
     from .config import ATMArguments, ATMConfig
     from .data import TaskDataset
+    from .episodic import refresh_prototypes
     from .merge_report import MergeReport
     from .merging import (
         list_merge_methods,
@@ -62,6 +67,7 @@ if TYPE_CHECKING:
         register_merge_method,
     )
     from .modeling import MultiTaskConfig, MultiTaskModel
+    from .prototypical import PrototypicalTaskHead
     from .schedule import RoundPlan
     from .trainer import ATMMixin, ATMSeq2SeqTrainer, ATMTrainer
 

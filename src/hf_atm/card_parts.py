@@ -6,6 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+_REBASIN = (
+    "ainsworth2022rebasin",
+    "Git Re-Basin: Merging Models modulo Permutation Symmetries",
+    "2209.04836",
+    2022,
+)
+
 _ENTRIES = {
     "atm": ("zhou2024atm", "{ATM}: Improving Model Merging by Alternating Tuning and Merging", "2411.03055", 2024),
     "ties": ("yadav2023ties", "{TIES}-Merging: Resolving Interference When Merging Models", "2306.01708", 2023),
@@ -78,6 +85,14 @@ _ENTRIES = {
         "2503.08099",
         2025,
     ),
+    "c2m3": (
+        "crisostomi2024c2m3",
+        "$C^2M^3$: Cycle-Consistent Multi-Model Merging",
+        "2405.17897",
+        2024,
+    ),
+    "git-rebasin": _REBASIN,
+    "merge-many": _REBASIN,
     "consensus": (
         "wang2024consensus",
         "Localizing Task Information for Improved Model Merging and Compression",

@@ -113,6 +113,14 @@ class ATMArguments:
             "merge then moves from as well (METIS)."
         },
     )
+    align_every_round: bool = field(
+        default=False,
+        metadata={
+            "help": "Before each merge, bring every task's model into the order of units of the round's base (C2M3). Models "
+            "tuned from one base have nothing to reorder, so this is for tasks whose units change places. Holds every "
+            "task's model, and needs a family that `hf_atm.alignment.spec_for` knows."
+        },
+    )
     max_task_vector_norm: float | str | None = field(
         default=None,
         metadata={"help": "Clip every task vector to this L2 norm: a number above 0, or 'mean' for the round's mean."},
@@ -252,6 +260,13 @@ class ATMArguments:
             raise ValueError(
                 f"outer_momentum={self.outer_momentum} adds up moves between rounds, and task_vector_origin='start' "
                 "replaces them; set outer_momentum=0."
+            )
+        if not isinstance(self.align_every_round, bool):
+            raise ValueError(f"align_every_round is {self.align_every_round!r}; choose True or False.")
+        if self.align_every_round and self.optimizer_policy != "reset":
+            raise ValueError(
+                f"optimizer_policy={self.optimizer_policy!r} keeps moments in the order that a task's units had, which "
+                "align_every_round=True may change; use optimizer_policy='reset'."
             )
         if self.task_parallel:
             raise ValueError("task_parallel=True is not available yet; leave it off and tasks take turns.")

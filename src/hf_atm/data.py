@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
+from .episodic import TaskEpisode, collate_episodes
 from .schedule import RoundPlan
 from .seeding import derive_seed, isolated_rng
 
@@ -261,6 +262,8 @@ class TaskCollator:
 
     def collate(self, task: str, features: Sequence[Any]) -> Any:
         """A batch of one task's own features, without the task's name."""
+        if isinstance(features[0], TaskEpisode):
+            return collate_episodes(features, partial(self.collate, task))
         return self.collators.get(task, self.default)([self._kept(feature) for feature in features])
 
     def _kept(self, features: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from .data import TaskDataset
+from .episodic import refresh_tasks
 from .seeding import isolated_rng
 
 
@@ -147,6 +148,8 @@ class EvaluationMixin:
         if host.compute_metrics is not None:
             host.compute_metrics.task = task
         try:
+            # Of the weights as they are: merged ones, an expert's, or those of a trial step.
+            refresh_tasks(self, [task])
             with isolated_rng():
                 result = super().evaluate(dataset, ignore_keys, f"{prefix}_{task}", **gen_kwargs)  # type: ignore[misc]
             logged = {name: value for entry in history[length:] for name, value in entry.items()}
@@ -191,6 +194,8 @@ class EvaluationMixin:
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
         """As the host's; a [`TaskDataset`] says which task's head, collator and metrics apply."""
         metrics = getattr(self, "compute_metrics", None)
+        if isinstance(test_dataset, TaskDataset):
+            refresh_tasks(self, [test_dataset.task])
         if metrics is None:
             return super().predict(test_dataset, *args, **kwargs)  # type: ignore[misc]
         metrics.task = getattr(test_dataset, "task", None)

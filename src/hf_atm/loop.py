@@ -15,6 +15,7 @@ from transformers import Trainer
 from .callbacks import ATMCallback
 from .checkpoint import load_tensors
 from .data import RoundDataset, head_step_counts, segment_length
+from .episodic import refresh_tasks, with_episodes
 from .learning_rate import learning_rate_multiplier
 from .loop_checkpoint import ResumableLoop
 from .loop_diagnostics import RoundDiagnostics
@@ -25,6 +26,7 @@ from .moment_weights import check_second_moments, entry_weights
 from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
+from .realignment import Realignment
 from .round_checkpoint import under
 from .rounds import RoundState
 from .schedule import Position, RoundPlan, Segment
@@ -45,7 +47,7 @@ class ATMLoop(LoopReport, ResumableLoop):
     def __init__(self, trainer: Any, datasets: Mapping[str, Sequence]) -> None:
         self.trainer = trainer
         # Sorted, so that the order in which a user writes the tasks down changes nothing.
-        self.datasets = dict(sorted(datasets.items()))
+        self.datasets = self._as_read(datasets)
         self.records: list[dict[str, Any]] = []
         self.resume_from: str | None = None
         self.scoring = False
@@ -59,6 +61,10 @@ class ATMLoop(LoopReport, ResumableLoop):
     @property
     def args(self) -> Any:
         return self.trainer.args
+
+    def _as_read(self, datasets: Mapping[str, Any]) -> dict[str, Any]:
+        """Training data as steps read it."""
+        return with_episodes(self.trainer.model, dict(sorted(datasets.items())))
 
     def plan_run(self) -> None:
         """Lay out rounds, segments and data from the arguments as they are now."""
@@ -131,9 +137,12 @@ class ATMLoop(LoopReport, ResumableLoop):
             surgery=args.task_vector_surgery,
             seed=args.seed,
             anchored=args.task_vector_origin == "start",
-            hold=args.task_weights == "loss_gap" or args.diagnostics == "full",
+            hold=args.task_weights == "loss_gap" or args.diagnostics == "full" or args.align_every_round,
             entrywise=args.moment_exponent > 0,
         )
+        self.realignment = None
+        if args.align_every_round and self.merging:
+            self.realignment = Realignment(model, self.groups, args.seed)
         self.memory = OptimizerMemory(args.optimizer_policy, self.groups.shared.values())
         self.diagnostics = None
         if args.diagnostics != "off" and self.merging:
@@ -153,7 +162,8 @@ class ATMLoop(LoopReport, ResumableLoop):
     def add_dataset(self, task: str, dataset: Any) -> None:
         """Take in another task between runs; nothing changes when it does not fit."""
         before = self.datasets
-        self.datasets = dict(sorted({**before, task: dataset}.items()))
+        added = with_episodes(self.trainer.model, {task: dataset})
+        self.datasets = dict(sorted({**before, **added}.items()))
         try:
             self.plan_run()
             self._set_up()
@@ -188,6 +198,7 @@ class ATMLoop(LoopReport, ResumableLoop):
             self._load(state)
         else:
             self.records = []
+            refresh_tasks(self.trainer)
             self.rounds.open()
         self.resume_from = None
         self.running = True
@@ -288,7 +299,14 @@ class ATMLoop(LoopReport, ResumableLoop):
         if self.diagnostics is not None:
             validation = self.trainer.validation_losses if self.trainer.eval_dataset else None
             observe = partial(self.diagnostics.observe, self.rounds, validation)
-        report = self.rounds.merge(round_index, weights, losses, observe)
+        moved = {} if self.realignment is None else self.realignment.apply(self.rounds)
+        try:
+            report = self.rounds.merge(round_index, weights, losses, observe)
+        except BaseException:
+            if self.realignment is not None:
+                self.realignment.undo()
+            raise
+        report.moved_units = moved
         report.loss_gaps, report.searching = self.loss_gaps, self.searched
         self.loss_gaps, self.searched = {}, 0
         return report
@@ -328,6 +346,7 @@ class ATMLoop(LoopReport, ResumableLoop):
                 self.rounds.merged_vectors = {}
         elif not self.plan.is_round_end(state.global_step):
             self.rounds.restore()
+        refresh_tasks(self.trainer)
         if state.is_world_process_zero:
             self.write_report()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .checkpoint import load_tensors, load_values, save_state
+from .episodic import episode_sizes
 from .round_checkpoint import under
 
 
@@ -35,6 +36,7 @@ class ResumableLoop:
     memory: Any
     diagnostics: Any
     num_examples: dict[str, int]
+    datasets: dict[str, Any]
     resume_from: str | None
 
     def fingerprint(self) -> dict[str, Any]:
@@ -46,6 +48,7 @@ class ResumableLoop:
             "steps_per_segment": list(self.plan.lengths),
             "head_steps": [args.head_steps, args.head_learning_rate_ratio],
             "num_examples": list(self.num_examples.values()),
+            "episodes": episode_sizes(self.datasets),
             "per_device_train_batch_size": args.per_device_train_batch_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "processes": args.world_size,
@@ -64,6 +67,7 @@ class ResumableLoop:
             "moment_exponent": args.moment_exponent,
             "task_vector_surgery": args.task_vector_surgery,
             "task_vector_origin": args.task_vector_origin,
+            "align_every_round": args.align_every_round,
             "loss_gap_temperature": args.loss_gap_temperature,
             "task_specific_modules": list(args.task_specific_modules),
             "model": self.groups.digest(),

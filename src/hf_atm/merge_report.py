@@ -27,6 +27,7 @@ class MergeReport:
         loss_gaps: what the last merge cost each task in validation loss, with `task_weights="loss_gap"`.
         step_sizes_tried: pairs of step size and mean relative validation loss, when the step was searched.
         searching: examples evaluated for `loss_gaps` and `step_sizes_tried`.
+        moved_units: units of each task's model that changed places, with `align_every_round`.
         diagnostics: what `diagnostics` asks for beyond that, see [`RoundDiagnostics.observe`].
         seconds: wall time spent in this round on `tuning`, `merging`, `searching` and `evaluating`.
     """
@@ -43,6 +44,7 @@ class MergeReport:
     loss_gaps: dict[str, float] = field(default_factory=dict)
     step_sizes_tried: list[list[float]] = field(default_factory=list)
     searching: int = 0
+    moved_units: dict[str, int] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

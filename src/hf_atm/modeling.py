@@ -13,8 +13,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from . import backbones
 from .multi_task_config import MultiTaskConfig, check_labels, classification_loss, normalize_task
+from .prototypical import PooledPrototypicalHead, default_pooling
 from .seeding import derive_seed
-from .task_modules import PooledHead, StockHead, TaskSpecificMixin, ZeroShotHead
+from .task_modules import PooledHead, StockHead, ZeroShotHead, known_width
+from .task_specific import TaskSpecificMixin
 
 
 class MultiTaskModel(TaskSpecificMixin):
@@ -88,7 +90,7 @@ class MultiTaskModel(TaskSpecificMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         # Reached for weights that a checkpoint lacks, such as the head of a task added to its configuration.
-        if isinstance(module, ZeroShotHead):
+        if isinstance(module, (ZeroShotHead, PooledPrototypicalHead)):
             module.reset_parameters()
         else:
             self.backbone._init_weights(module)
@@ -99,6 +101,13 @@ class MultiTaskModel(TaskSpecificMixin):
         if spec.get("head") == "zero_shot":
             with torch.device("meta"):
                 head = ZeroShotHead(spec["num_labels"], self.backbone.config.projection_dim)
+            pattern = self
+        elif spec.get("head") == "prototypical":
+            pooling = spec.get("pooling") or self.config.pooling or default_pooling(self.backbone)
+            with torch.device("meta"):
+                head = PooledPrototypicalHead(
+                    pooling, known_width(self.backbone.config, self.config.feature_size), spec
+                )
             pattern = self
         elif self.config.pooling is not None:
             with torch.device("meta"):
@@ -277,6 +286,7 @@ class MultiTaskModel(TaskSpecificMixin):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        episodes: torch.Tensor | None = None,
         task: str | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -294,13 +304,15 @@ class MultiTaskModel(TaskSpecificMixin):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`, *optional*): Images.
             labels (`torch.Tensor`, *optional*): Class indices `(batch_size,)`, numbers `(batch_size,)` or
                 `(batch_size, num_labels)`. Their range is not checked here; see [`~MultiTaskModel.check_labels`].
+            episodes (`torch.Tensor` of shape `(episodes, n_way, k_shot + n_query)`, *optional*): For a prototypical head,
+                which of the batch's samples is where in each episode; see [`PrototypicalTaskHead`].
             task (`str`, *optional*): The task; may be left out if there is only one.
             return_dict (`bool`, *optional*): `False` for a plain tuple.
             kwargs (`Any`): Further inputs of the backbone.
 
         Returns:
             `SequenceClassifierOutput`: `logits` of shape `(batch_size, num_labels)`, the mean `loss` over the batch
-            if `labels` were given, and what the backbone was asked for.
+            if `labels` were given, and what the backbone was asked for. Of `episodes`, logits and loss of their queries.
         """
         task, spec = self._spec(task)
         self.activate_task(task)
@@ -313,10 +325,17 @@ class MultiTaskModel(TaskSpecificMixin):
             "pixel_values": pixel_values,
         }
         kwargs.pop("num_items_in_batch", None)
+        if spec.get("head") == "prototypical":
+            named["episodes"] = episodes
+        elif episodes is not None:
+            raise ValueError(f"task {task!r} has a classifier, which learns from labels, not from episodes")
         inputs = {**{key: value for key, value in named.items() if value is not None}, **kwargs}
         outputs = self.heads[task](self.backbone, **inputs)
+        loss = outputs.get("loss")
+        if labels is not None:
+            loss = classification_loss(outputs.logits, labels, spec["problem_type"])
         result = SequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(outputs.logits, labels, spec["problem_type"]),
+            loss=loss,
             logits=outputs.logits,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
@@ -338,9 +357,13 @@ class MultiTaskModel(TaskSpecificMixin):
 
         Raises:
             KeyError: If the task is unknown.
-            ValueError: If the head has no stock counterpart (explicit pooling, zero-shot) or adapters are attached.
+            ValueError: If the head has no stock counterpart (explicit pooling, zero-shot, prototypical) or adapters are attached.
         """
         task, spec = self._spec(task)
+        if spec.get("head") == "prototypical":
+            raise ValueError(
+                f"task {task!r} has a prototypical head, which no stock class has; save the whole MultiTaskModel"
+            )
         if self.config.pooling is not None:
             raise ValueError(
                 f"task {task!r} uses pooling={self.config.pooling!r}, which no stock class computes; build the model "

@@ -23,8 +23,9 @@ def normalize_task(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     Args:
         name (`str`): The task's name.
         spec (`dict`): `num_labels` (or `labels`, `id2label`, `label2id`, from which it follows) and optionally
-            `problem_type`, `head` (`"zero_shot"`) and entries of your own. One label without a problem type is a
-            regression, as in transformers.
+            `problem_type`, `head` (`"zero_shot"` or `"prototypical"`) and entries of your own. One label without a
+            problem type is a regression, as in transformers. A prototypical head needs `k_shot` and `n_query`, and may
+            have `n_way`, `pooling`, `scale` and `distance`; see [`PrototypicalTaskHead`].
 
     Returns:
         `dict`: The specification with `num_labels` and, where labels are named, `id2label` and `label2id`.
@@ -62,9 +63,48 @@ def normalize_task(name: str, spec: dict[str, Any]) -> dict[str, Any]:
         problem_type = "regression"
     if problem_type == "single_label_classification" and num_labels == 1:
         raise ValueError(f"task {name!r}: single_label_classification needs num_labels of 2 or more")
-    if spec.get("head") not in (None, "zero_shot"):
-        raise ValueError(f"task {name!r}: unknown head {spec['head']!r}; leave it out or use zero_shot")
-    return {**spec, "problem_type": problem_type}
+    if spec.get("head") not in (None, "zero_shot", "prototypical"):
+        raise ValueError(
+            f"task {name!r}: unknown head {spec['head']!r}; leave it out, or use zero_shot or prototypical"
+        )
+    spec["problem_type"] = problem_type
+    if spec.get("head") == "prototypical":
+        spec = _with_episodes(name, spec)
+    elif (
+        stray := next((key for key in ("n_way", "k_shot", "n_query") if spec.get(key) is not None), None)
+    ) is not None:
+        raise ValueError(f"task {name!r}: {stray} belongs to episodes; add head: prototypical, or remove it")
+    return spec
+
+
+def _with_episodes(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """The specification of a prototypical head, checked and completed."""
+    if spec["problem_type"] not in (None, "single_label_classification"):
+        raise ValueError(
+            f"task {name!r}: a prototypical head tells classes apart, and the task is a {spec['problem_type']}; leave "
+            "head out"
+        )
+    spec = {"scale": "auto", "distance": "sqeuclidean", **spec, "problem_type": "single_label_classification"}
+    if spec.get("n_way") is None:
+        spec["n_way"] = spec["num_labels"]
+    for key, least in (("n_way", 2), ("k_shot", 1), ("n_query", 1)):
+        value = spec.get(key)
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(
+                f"task {name!r}: a prototypical head needs {key}, a whole number from {least}, not {value!r}"
+            )
+        spec[key] = int(value)
+    if spec["n_way"] > spec["num_labels"]:
+        raise ValueError(f"task {name!r}: n_way is {spec['n_way']}, but there are {spec['num_labels']} classes")
+    if spec.get("pooling") not in (None, *POOLINGS):
+        raise ValueError(f"task {name!r}: unknown pooling {spec['pooling']!r}; known: {', '.join(POOLINGS)}")
+    from .fewshot.heads import check_scale  # few-shot models build on this module
+
+    try:
+        check_scale(spec["scale"], spec["distance"])
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from None
+    return spec
 
 
 def _index(item: tuple[Any, Any]) -> int:

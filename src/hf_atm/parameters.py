@@ -130,6 +130,15 @@ class ParameterGroups:
         if stored:
             base_model(self.model).forget_active_task()
 
+    def own_state(self, task: str) -> dict[str, Tensor]:
+        """All live tensors that are `task`'s alone, frozen ones and stored copies of modules among them, by state dict name."""
+        state = base_model(self.model).state_dict()
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name.startswith((f"heads.{task}.", f"task_specific.{task}."))
+        }
+
     def head_values(self, task: str) -> dict[str, Tensor]:
         """Copies of a task's head, by parameter name."""
         return {name: parameter.detach().clone() for name, parameter in self.heads.get(task, {}).items()}

@@ -18,7 +18,7 @@ from .moment_weights import entrywise_mean
 from .outer import OuterOptimizer, clip_factors
 from .round_checkpoint import RoundCheckpoint
 from .seeding import derive_seed
-from .spaces import Space, TaskVector
+from .spaces import DenseTaskVector, Space, TaskVector
 from .surgery import SURGERIES, MixedTaskVector
 
 
@@ -172,6 +172,26 @@ class RoundState(RoundCheckpoint):
             _accumulate(self.sum, name, difference, scale)
         self.sketches[task] = sketch.values
         return math.sqrt(total)
+
+    def tuned(self, task: str) -> dict[str, Tensor]:
+        """The shared weights that a task was captured with; its vector must be held."""
+        vector = self.vectors[task]
+        return {name: self.start[name] + vector.read(name) for name in self.space.shapes}
+
+    def reorder(self, task: str, order: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> None:
+        """Replace what was captured of a task by the same model with its units in another order.
+
+        Args:
+            task (`str`): a captured task whose vector is held.
+            order (`Callable`): maps named tensors of the task's model to that order.
+        """
+        tuned = order(self.tuned(task))
+        self.vectors[task] = DenseTaskVector({name: tuned[name] - self.start[name] for name in self.space.shapes})
+        self.norms[task] = _norm(self.vectors[task].values())
+        if task in self.entry_weights:
+            self.entry_weights[task] = order(self.entry_weights[task])
+        if task in self.task_statistics:
+            self.task_statistics[task] = order(self.task_statistics[task])
 
     def restore(self) -> None:
         """Write the round's base back into the live model."""

@@ -15,6 +15,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from .adapters import merged_state_dict, save_expert_adapters
+from .episodic import refresh_tasks
 from .hub import check_upload, push
 from .lora import LoraSpace
 from .model_card import write_card
@@ -59,6 +60,7 @@ class SavingMixin:
         """
         host: Any = self
         output_dir = self.args.output_dir if output_dir is None else output_dir
+        refresh_tasks(self)
         space = self.atm.rounds.space
         if isinstance(space, LoraSpace) and space.mode == "delta":
             # The host saves the plain model inside the adapter, under the names it has without one.

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from . import checkpoint, checks
 from .callbacks import LastWordCallback, RoundCallback
 from .data import TaskCollator, TaskDataset
+from .episodic import refresh_tasks
 from .evaluation import EvaluationMixin, TaskMetrics
 from .hosts import (
     check_host,
@@ -352,6 +353,7 @@ class ATMMixin(SavingMixin, EvaluationMixin):
         run_dir, step = self._get_output_dir(trial), self.state.global_step
         name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
         writes = self.args.should_save
+        refresh_tasks(self)
         barrier = self.args.distributed_state.wait_for_everyone
         with checkpoint.staged_checkpoint(run_dir, name, writes, barrier) as staging:
             self._staging = staging

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from tests.merging.checkpoints.test_align import QUICK, bert, shaken, write
 from tests.merging.checkpoints.testing_utils import load_checkpoint, write_checkpoint, write_models
 
 from .test_processes import free_port
@@ -44,6 +45,20 @@ def test_two_processes_write_what_one_writes(method, scale, tmp_path):
     records = [json.loads((tmp_path / f"out{n}" / "merge_config.json").read_text()) for n in (1, 2)]
     assert records[0] == records[1]
     assert not (tmp_path / "out2.incomplete").exists()
+
+
+def test_the_first_process_aligns_for_all(tmp_path):
+    model = shaken(bert)
+    folders = [write(model, tmp_path / f"m{seed}", seed) for seed in range(2)]
+    recipe = {"models": folders, "align": QUICK}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    for processes in (1, 2):
+        done = launch(tmp_path / "recipe.json", tmp_path / f"out{processes}", processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (tmp_path / f"out{processes}" for processes in (1, 2))
+    for name in ("model.safetensors", "alignment/alignment.safetensors", "merge_config.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert json.loads((one / "merge_config.json").read_text())["alignment"]["moved"]["m1"] > 0
 
 
 def test_an_error_on_one_process_ends_all(tmp_path):

@@ -70,6 +70,24 @@ def test_two_processes_settle_and_measure_as_one(tmp_path, settings):
     assert together["scores"][-1] == pytest.approx(alone["scores"][-1], abs=1e-4)
 
 
+def test_two_processes_align_as_one(tmp_path):
+    settings = {"align_every_round": True}
+    (one,), alone = run(tmp_path / "one", 1, "--batch", "8", "--reorder", **settings)
+    (first, second), together = run(tmp_path / "two", 2, "--batch", "4", "--reorder", **settings)
+    assert largest_difference(first, second) == 0.0
+    assert largest_difference(one, first) <= 1e-5
+    assert alone["moved"] == together["moved"] and alone["moved"][0]["shape"] > 10
+
+
+def test_episodes_are_those_of_one_process(tmp_path):
+    (one,), alone = run(tmp_path / "one", 1, "--batch", "8", "--few", local_steps=3)
+    (first, second), together = run(tmp_path / "two", 2, "--batch", "4", "--few", local_steps=3)
+    assert largest_difference(first, second) == 0.0
+    assert largest_difference(one, first) <= 1e-5
+    assert together["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-4)
+    assert together["scores"][-1] == pytest.approx(alone["scores"][-1], abs=1e-4)
+
+
 def test_gradient_norms_do_not_depend_on_accumulation(tmp_path):
     (one,), whole = run(tmp_path / "whole", 1, "--batch", "8")
     (two,), parts = run(tmp_path / "parts", 1, "--batch", "2", "--accumulation", "4")

@@ -15,7 +15,9 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from tests.testing_utils import METRICS, TinyModel, make_data, make_trainer, parameters_of
+from tests.test_prototypical_tasks import TwoTasks, data_of_two, few_data
+from tests.test_realignment import Reorder, tiny
+from tests.testing_utils import METRICS, TinyModel, accuracy, make_data, make_trainer, parameters_of
 
 
 class Signal(TrainerCallback):
@@ -39,19 +41,27 @@ def main() -> None:
     parser.add_argument("--batch-norm", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--eval-size", type=int, default=13, help="by default no number of processes divides it")
+    parser.add_argument("--few", action="store_true", help="two tasks, one with a prototypical head")
     parser.add_argument("--resume")
     parser.add_argument("--term", action="store_true", help="one process is told to save and stop after four steps")
+    parser.add_argument("--reorder", action="store_true", help="one task's units change places in the first round")
     parser.add_argument("--settings", type=json.loads, default={})
     options = parser.parse_args()
     torch.set_num_threads(1)
     sizes = {"colour": 24, "shape": 16, "size": 16}
+    model = (tiny if options.reorder else TinyModel)(dropout=options.dropout, batch_norm=options.batch_norm)
+    train = {task: make_data(task, size) for task, size in sizes.items()}
+    evaluation, metrics = {task: make_data(task, options.eval_size) for task in sizes}, METRICS
+    if options.few:
+        model, train, metrics = TwoTasks(scale="auto"), data_of_two(), accuracy
+        evaluation = {"few": few_data(8, seed=1), "many": make_data("many", 16, labels=2)}
     peft = {"peft_config": LoraConfig(r=2, target_modules=["body.0", "body.2"])} if options.lora else {}
     trainer = make_trainer(
         options.folder,
-        TinyModel(dropout=options.dropout, batch_norm=options.batch_norm),
-        train_dataset={task: make_data(task, size) for task, size in sizes.items()},
-        eval_dataset={task: make_data(task, options.eval_size) for task in sizes},
-        compute_metrics=METRICS,
+        model,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        compute_metrics=metrics,
         eval_strategy="epoch",
         num_rounds=2,
         per_device_train_batch_size=options.batch,
@@ -61,6 +71,10 @@ def main() -> None:
         **peft,
         **options.settings,
     )
+    if options.reorder:
+        reorder = Reorder()
+        reorder.trainer = trainer
+        trainer.add_callback(reorder)
     if options.term:
         trainer.add_callback(Signal(trainer))
     trainer.train(resume_from_checkpoint=options.resume)
@@ -70,6 +84,7 @@ def main() -> None:
         history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
         scores = [record["scores"] for record in trainer.report]
         content = {"grad_norms": [entry["grad_norm"] for entry in history], "scores": scores}
+        content["moved"] = [record["moved_units"] for record in trainer.report]
         Path(options.folder, "log.json").write_text(json.dumps(content))
     trainer.end()
 

@@ -6,6 +6,7 @@ from . import families  # noqa: F401  (makes the families known)
 from .barrier import loss_barrier
 from .families.plain import mlp_spec, resnet_spec, vgg_spec
 from .matching import align
+from .merge import align_and_merge
 from .permutation import Permutation
 from .registry import register_permutation_spec, spec_for
 from .repairing import repair
@@ -21,6 +22,7 @@ __all__ = [
     "Permutation",
     "PermutationSpec",
     "align",
+    "align_and_merge",
     "check_permutation_spec",
     "loss_barrier",
     "mlp_spec",

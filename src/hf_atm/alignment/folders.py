@@ -7,14 +7,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 
 from ..merging.checkpoints.reader import CheckpointReader, is_adapter, resolve_model
 from ..merging.checkpoints.side_files import copy_side_files, list_side_files
-from .matching import align
-from .registry import spec_for_config
+from .checkpoints import align_checkpoints
 from .result import Alignment
 
 
@@ -61,10 +59,11 @@ def align_folders(
     if wrong or len(names) != len(models) or len(set(names)) != len(names):
         raise ValueError(f"{len(models)} models need as many different folder names, not {list(names)}.")
     folders = [resolve_model(model) for model in models]
-    config = _config(models, folders)
-    states: list[dict[str, Any]] = [dict(CheckpointReader(folder)) for folder in folders]
-    spec = spec_for_config(config, sorted({name for state in states for name in state}))
-    found = align(states, spec, method, heads=heads, device=device, seed=seed)
+    for model, folder in zip(models, folders, strict=True):
+        if is_adapter(folder):
+            raise ValueError(f"{model!r} is an adapter; merge it into its base model first.")
+    readers = [CheckpointReader(folder) for folder in folders]
+    found = align_checkpoints(readers, models, method=method, heads=heads, device=device, seed=seed)
     beside = output.with_name(f"{output.name}.incomplete")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -84,23 +83,3 @@ def align_folders(
         shutil.rmtree(beside, ignore_errors=True)
         raise
     return found
-
-
-def _config(models: Sequence[str], folders: Sequence[Path]) -> Any:
-    """The configuration that all models share, as far as their kind goes."""
-    # A multi-task model's configuration is known once its class is.
-    from transformers import AutoConfig
-
-    from .. import MultiTaskConfig  # noqa: F401
-
-    configs = []
-    for model, folder in zip(models, folders, strict=True):
-        if is_adapter(folder):
-            raise ValueError(f"{model!r} is an adapter; merge it into its base model first.")
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{model!r} holds no config.json, which says how its units are connected.")
-        configs.append(AutoConfig.from_pretrained(folder))
-    types = list(dict.fromkeys(config.model_type for config in configs))
-    if len(types) > 1:
-        raise ValueError(f"The models are of different types ({', '.join(types)}); align models of one family.")
-    return configs[0]

@@ -64,6 +64,11 @@ class Permutation:
         """Whether every unit stays in its place."""
         return all(np.array_equal(vector, np.arange(len(vector))) for vector in self.vectors.values())
 
+    @property
+    def moved(self) -> int:
+        """Number of units that do not stay in their place."""
+        return sum(int((vector != np.arange(len(vector))).sum()) for vector in self.vectors.values())
+
     def apply(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """
         A state dict with its units in this order.

@@ -104,7 +104,7 @@ class Alignment:
             path (`str` or `os.PathLike`): the file; replaced when the new one is complete.
         """
         tensors = {
-            f"{index}/{name}": torch.from_numpy(np.ascontiguousarray(vector, dtype=np.int64))
+            f"{index}/{name}": torch.from_numpy(np.array(vector, dtype=np.int64))
             for index, permutation in enumerate(self.permutations)
             for name, vector in permutation.vectors.items()
         }

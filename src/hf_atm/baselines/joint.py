@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..data import RoundDataset
+from ..episodic import refresh_tasks
 from ..learning_rate import schedule_curve
 from ..loop import ATMLoop
 from ..merge_report import DivergenceError
@@ -112,6 +113,8 @@ class JointLoop(ATMLoop):
         self.records = []
         if self.resume_from is not None:
             self._load(state)
+        else:
+            refresh_tasks(self.trainer)
         self.resume_from = None
         self.running = True
         self._clock, self._evaluating_before = perf_counter(), self.seconds["evaluating"]
@@ -146,6 +149,7 @@ class JointLoop(ATMLoop):
     def end_training(self, state: Any) -> None:
         """Write the report."""
         self.running = False
+        refresh_tasks(self.trainer)
         if state.is_world_process_zero:
             self.write_report()
 

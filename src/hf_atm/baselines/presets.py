@@ -64,6 +64,7 @@ NEUTRAL: Mapping[str, Any] = {
     "loss_gap_temperature": 1.0,
     "task_vector_surgery": None,
     "task_vector_origin": "round",
+    "align_every_round": False,
     "max_task_vector_norm": None,
     "optimizer_policy": "reset",
     "lr_schedule_scope": "segment",

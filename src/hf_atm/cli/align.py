@@ -36,8 +36,7 @@ def align_models(models: list[str], options: Any, quiet: bool = False) -> int:
     if not quiet:
         print(f"{options.method}: inner products of the weights, summed over pairs of models: {found.objective:.4g}")
         for name, permutation in zip(names, found.permutations, strict=True):
-            moved = sum(int((vector != range(len(vector))).sum()) for vector in permutation.vectors.values())
-            total = sum(len(vector) for vector in permutation.vectors.values())
-            print(f"  {options.out}/{name}: {moved} of {total} units moved")
+            total = sum(permutation.spec.variables.values())
+            print(f"  {options.out}/{name}: {permutation.moved} of {total} units moved")
         print(f"{time.perf_counter() - started:.0f} s; merge the folders with hf-atm merge")
     return 0

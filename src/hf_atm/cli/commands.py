@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from .. import ATMTrainer, MultiTaskModel
 from ..checkpoint import write_json
+from ..loop import ATMLoop
 from ..modeling import MultiTaskConfig
 from .console import calm_libraries, score_table
 from .experiment import Experiment, read_experiment
@@ -106,6 +107,12 @@ def export_or_refuse(experiment: Experiment) -> None:
         return
     if "causal_lm" in experiment.model:
         raise ValueError("export_tasks is for models with heads; a causal language model is one stock model already")
+    episodic = [name for name, task in experiment.tasks.items() if task.head is not None]
+    if episodic:
+        raise ValueError(
+            f"export_tasks needs stock heads, and task {episodic[0]!r} has head: {experiment.tasks[episodic[0]].head}; "
+            "remove one"
+        )
     if experiment.model.get("pooling") is not None:
         raise ValueError(
             f"export_tasks needs the family's own pooling, not pooling: {experiment.model['pooling']}; remove one"
@@ -214,7 +221,7 @@ def _evaluate(
     if isinstance(model, MultiTaskModel) or "causal_lm" in experiment.model:
         keep_heads(model, data)
         args = ATMConfig(local_steps=1, dataloader_drop_last=False, **settings)
-        trainer: Any = ATMTrainer(
+        trainer: Any = _Scorer(
             model, args, train_dataset=data, eval_dataset=data, processing_class=bench.processing_class, **kwargs
         )
         calm_trainer(trainer)
@@ -233,6 +240,17 @@ def _evaluate(
     metrics = trainer.evaluate(data[task], metric_key_prefix=f"{split}_{task}")
     first = (bench.tasks[task].spec.metrics or [])[0]
     return metrics, {task: metrics[f"{split}_{task}_{first}"]}, {task: first}
+
+
+class _ScoringLoop(ATMLoop):
+    """The model is taken as it is: what it is scored on, given as training data, must not become prototypes."""
+
+    def _as_read(self, datasets: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(sorted(datasets.items()))
+
+
+class _Scorer(ATMTrainer):
+    loop_class = _ScoringLoop
 
 
 def resume_value(value: str | bool | None) -> str | bool | None:

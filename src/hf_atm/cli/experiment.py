@@ -123,12 +123,14 @@ def read_experiment(path: str | os.PathLike, overrides: Sequence[str] = ()) -> E
 def read_yaml(
     path: str | os.PathLike, known: Sequence[str], required: Sequence[str] = ()
 ) -> tuple[dict[str, Any], Path, Path]:
-    """A YAML file's keys and values, environment variables expanded; its folder; and the folder that is its
-    `data_root`.
+    """A YAML file, environment variables in its values expanded and its top-level keys checked.
+
+    Returns:
+        What it holds, its folder, and the folder that `data_root` names, the file's own by default.
 
     Raises:
         FileNotFoundError: If the file or `data_root` does not exist.
-        ValueError: If the file is not valid YAML, or a key at its top is unknown or missing.
+        ValueError: If the file is not valid YAML, or a key is unknown or missing; the message names the known ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,41 +151,51 @@ def read_yaml(
 def read_task(where: str, name: str, entry: Mapping[str, Any], root: Path) -> TaskSpec:
     """A task from its entry in a file, its data looked up from `root`; `where` names it in errors."""
     check_keys(where, entry, _TASK_KEYS, required=("dataset",))
-    return TaskSpec(name=name, **{**entry, "dataset": _resolve_dataset(str(entry["dataset"]), root)})
+    return TaskSpec(name=name, **{**entry, "dataset": resolve_dataset(str(entry["dataset"]), root)})
 
 
-def parse_training(training: Mapping[str, Any], overrides: Sequence[str] = ()) -> ATMConfig:
+def parse_training(training: Mapping[str, Any], overrides: Sequence[str] = (), config_class: Any = ATMConfig) -> Any:
     """Builds the settings from a file's values and the command line's, which win.
 
     Text in the file is read as the command line would read it, so that `1e-5`, text to YAML, is a number.
 
+    Args:
+        training (`Mapping[str, Any]`): The file's.
+        overrides (`Sequence[str]`, *optional*): The command line's, `--field value`.
+        config_class (`type`, *optional*, defaults to [`ATMConfig`]): What to build.
+
     Raises:
         ValueError: If a field is unknown or its value cannot be read.
     """
-    parser, names = _field_parser()
-    values = {**parse_settings(training), **vars(_parse(parser, names, overrides))}
-    return ATMConfig(**values)
+    parser, names = _field_parser(config_class=config_class)
+    values = {
+        **parse_settings(training, config_class=config_class),
+        **vars(_parse(parser, names, overrides, config_class)),
+    }
+    return config_class(**values)
 
 
-def parse_settings(settings: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
-    """Fields of [`ATMConfig`] from a file, text among them read as the command line would read it.
+def parse_settings(
+    settings: Mapping[str, Any], where: str = "training", config_class: Any = ATMConfig
+) -> dict[str, Any]:
+    """Fields of `config_class` from a file, text among them read as the command line would read it.
 
     Raises:
         ValueError: If a field is unknown or its value cannot be read; `where` says in which section.
     """
-    parser, names = _field_parser(where)
-    check_keys(where, settings, names)
+    parser, names = _field_parser(where, config_class)
+    check_keys(where, settings, names, fields_of=config_class)
     words = [word for name, value in settings.items() if isinstance(value, str) for word in (f"--{name}", value)]
-    return {**settings, **vars(_parse(parser, names, words))}
+    return {**settings, **vars(_parse(parser, names, words, config_class))}
 
 
-def _field_parser(where: str = "training") -> tuple[_FieldParser, list[str]]:
-    parser = _FieldParser(ATMConfig, allow_abbrev=False, add_help=False)
+def _field_parser(where: str = "training", config_class: Any = ATMConfig) -> tuple[_FieldParser, list[str]]:
+    parser = _FieldParser(config_class, allow_abbrev=False, add_help=False)
     parser.where = where
     for action in parser._actions:
         # Only what was given counts; everything else is left to the dataclass.
         action.default = argparse.SUPPRESS
-    return parser, [f.name for f in fields(ATMConfig) if f.init]
+    return parser, [f.name for f in fields(config_class) if f.init]
 
 
 def resolve_reference(reference: str, folder: Path) -> str:
@@ -220,11 +232,11 @@ class _FieldParser(HfArgumentParser):
         raise ValueError(f"{self.where}: {message}")
 
 
-def _parse(parser: _FieldParser, names: Sequence[str], words: Sequence[str]) -> argparse.Namespace:
+def _parse(parser: _FieldParser, names: Sequence[str], words: Sequence[str], config_class: Any) -> argparse.Namespace:
     values, rest = parser.parse_known_args(list(words))
     if rest:
         unknown = rest[0].removeprefix("--").split("=")[0]
-        raise ValueError(f"unknown setting {rest[0]!r}{_suggest(unknown, names)}")
+        raise ValueError(f"unknown setting {rest[0]!r}{_suggest(unknown, names, config_class)}")
     return values
 
 
@@ -232,7 +244,8 @@ def _joined(folder: Path, path: str) -> Path:
     return Path(os.path.normpath(folder / Path(path).expanduser()))
 
 
-def _resolve_dataset(dataset: str, root: Path) -> str:
+def resolve_dataset(dataset: str, root: Path) -> str:
+    """A data set's place: below `root` if there is such a path, else as it stands, perhaps a Hub id."""
     path = _joined(root, dataset)
     return str(path) if path.exists() or dataset.startswith((".", "/", "~")) else dataset
 
@@ -254,20 +267,22 @@ def as_mapping(where: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def check_keys(where: str, value: Any, known: Sequence[str], required: Sequence[str] = ()) -> None:
+def check_keys(
+    where: str, value: Any, known: Sequence[str], required: Sequence[str] = (), fields_of: Any = ATMConfig
+) -> None:
     """Refuses unknown and missing keys, with the nearest known one as a hint."""
     value = as_mapping(where, value)
     for key in value:
         if key not in known:
-            raise ValueError(f"{where} has the unknown key {str(key)!r}{_suggest(str(key), known)}")
+            raise ValueError(f"{where} has the unknown key {str(key)!r}{_suggest(str(key), known, fields_of)}")
     for key in required:
         if key not in value:
             raise ValueError(f"{where} lacks the key {key!r}")
 
 
-def _suggest(key: str, known: Sequence[str]) -> str:
+def _suggest(key: str, known: Sequence[str], fields_of: Any) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?" + (f" (known: {', '.join(known)})" if len(known) <= 20 else "")
-    shown = ", ".join(sorted(known)) if len(known) <= 20 else "the fields of hf_atm.ATMConfig"
+    shown = ", ".join(sorted(known)) if len(known) <= 20 else f"the fields of hf_atm.{fields_of.__name__}"
     return f"; known: {shown}"

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("train", "compare", "refine"):
+    if rest and args.command not in ("train", "compare", "refine", "fewshot"):
         parser.error(f"unknown argument: {rest[0]}")
     debug, quiet = getattr(args, "debug", False), getattr(args, "quiet", False)
     # Set before transformers and tokenizers are imported, which read them once.
@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .refine import refine
 
             return refine(args.model, args.config, rest, args.data, args.share, args.holdout, args.heads, quiet=quiet)
+        if args.command == "fewshot":
+            from .fewshot import few_shot
+
+            return few_shot(args.config, rest, quiet=quiet)
         from . import commands
 
         if args.command == "train":

@@ -27,6 +27,7 @@ def merge(recipe: str, output: str, options: Any, quiet: bool = False) -> int:
         output,
         max_shard_size=options.max_shard_size,
         out_dtype=options.out_dtype,
+        align=options.align,
         dry_run=options.dry_run,
         device=options.device,
         threads=options.threads,
@@ -53,6 +54,11 @@ def describe(result: Any) -> str:
         f"{result.method}: {', '.join(result.models)}",
         f"{result.tensors} tensors ({result.merged} merged, {result.copied} taken over), entries: {types}",
     ]
+    if result.alignment:
+        before, after = result.alignment["objective_before"], result.alignment["objective_after"]
+        lines.append(
+            f"aligned by {result.alignment['method']}: inner products of the weights {before:.4g} -> {after:.4g}"
+        )
     if result.dry_run:
         shapes = [f"  {key} {'x'.join(map(str, shape)) or 'scalar'}" for key, shape in result.shapes.items()]
         lines += shapes

@@ -58,7 +58,9 @@ Reorders the units of each model so that all agree as well as possible (C2M3). E
 before; only then do averages between them mean anything. Models that were tuned from one base need no alignment.
 
     hf-atm align ./seed-0 ./seed-1 ./seed-2 --out aligned
-    hf-atm merge recipe.yaml merged         # with models: aligned/seed-0, aligned/seed-1, aligned/seed-2"""
+    hf-atm merge recipe.yaml merged         # with models: aligned/seed-0, aligned/seed-1, aligned/seed-2
+
+In one step: hf-atm merge --align c2m3, or the recipe key align: c2m3."""
 
 _LANDSCAPE_HELP = """\
 Draws figures/landscape.png and .svg into RUN: the mean validation loss over the plane through the start, the merged model
@@ -82,6 +84,20 @@ leave the evaluation.
     routing: average                                  # knn, mahalanobis, confidence, oracle: add labels to each model
     output_dir: runs/latent"""
 
+_FEWSHOT_HELP = """\
+Trains an encoder on episodes of base classes and tests it on classes it has never seen, from a few samples each. One YAML
+file names model, data and settings; every field of FewShotConfig may follow it and replaces what it says:
+
+    model: {encoder: gin, hidden_size: 32, num_layers: 3, pooling: sum}    # or {backbone: ID or folder, pooling: mean}
+    data: {graphs: letter_high}          # or {dataset: ..., base: [classes], novel: [classes]}
+    training: {n_way: 4, k_shot: 10, n_query: 15, num_train_epochs: 5, output_dir: runs/letters}
+    seeds: [0, 1, 2]
+    baselines: [untrained, finetune, node_statistics]
+
+    hf-atm fewshot examples/fewshot/letter_high.yaml --num_train_epochs 2
+
+Graphs need the extra hf-atm[graphs]. Prints a table with 95 % intervals over episodes and the spread over seeds."""
+
 _PUSH_HELP = """\
 Uploads a folder in one commit: model, heads, exports in tasks/, adapters, card, figures, reports. Checkpoints and
 unfinished files stay here, and nothing here is changed. A new repository is private. The token is that of
@@ -101,6 +117,7 @@ whole and verified; an interrupted merge goes on where it stopped when the same 
     parameters: {density: 0.2, scaling_coefficient: 1.0}
     dtype: bfloat16
 
+Models from different initialisations need align: c2m3, which holds them all in memory.
 On several processes: accelerate launch --num_processes N -m hf_atm.cli merge RECIPE.yaml OUT"""
 
 
@@ -205,6 +222,11 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--out-dtype", metavar="TYPE", help="float32, bfloat16, float16 or float64; replaces the recipe's"
     )
+    merge.add_argument(
+        "--align",
+        choices=("c2m3", "git-rebasin", "merge-many"),
+        help="bring models from different starts into one order of units first; replaces the recipe's",
+    )
     merge.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: %(default)s)")
     merge.add_argument("--device", metavar="NAME", help="where to compute, such as cuda (default: the CPU)")
     merge.add_argument("--threads", type=int, metavar="N", help="workers (default: one per core)")
@@ -284,6 +306,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     latent.add_argument("config", metavar="CONFIG.yaml", help="models and data; see examples/latent")
     latent.add_argument("--output", metavar="DIR", help="replaces the file's output_dir")
+
+    fewshot = commands.add_parser(
+        "fewshot",
+        help="learn from a few samples per class: episodes, prototypes, novel classes",
+        description=_FEWSHOT_HELP,
+        usage="hf-atm fewshot [-h] [--debug] [--quiet] CONFIG.yaml [--FIELD VALUE ...]",
+        formatter_class=raw,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    fewshot.add_argument("config", metavar="CONFIG.yaml", help="see examples/fewshot")
 
     card = commands.add_parser(
         "card",

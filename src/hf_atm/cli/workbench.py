@@ -55,7 +55,7 @@ def build_workbench(
         raise ValueError(f"the tasks mix {' and '.join(sorted(kinds))} data, and one backbone takes one kind")
     (kind,) = kinds
     if kind == "image":
-        processor = _image_processor(source, spec.get("image") or {}, spec.get("config") or {})
+        processor = image_processor(source, spec.get("image") or {}, spec.get("config") or {})
         channels = int((spec.get("image") or {}).get("channels", 3))
         tasks = {name: prepare_images(task, processor, channels) for name, task in tasks.items()}
         kwargs["data_collator"] = default_data_collator
@@ -149,7 +149,8 @@ def build_model(spec: Mapping[str, Any], tasks: Mapping[str, TaskData], seed: in
     return MultiTaskModel.from_backbone(source, tasks=heads, **options)
 
 
-def _image_processor(source: str | None, image: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+def image_processor(source: str | None, image: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """The image processor of a model, or one for the `image` section of a file."""
     from transformers import AutoImageProcessor
 
     if source is not None and not image:

@@ -50,6 +50,7 @@ class MergeFacts:
         digest (`str`): what `inputs` have as digests.
         record (`str`): name of the file with everything else.
         notes (`Sequence[str]`): what the user should know.
+        alignment (`Mapping`): how the models were brought into one order of units; empty if they were not.
     """
 
     name: str
@@ -64,6 +65,7 @@ class MergeFacts:
     digest: str = "SHA-256"
     record: str = "merge_config.json"
     notes: Sequence[str] = field(default_factory=tuple)
+    alignment: Mapping[str, Any] = field(default_factory=dict)
 
 
 def merge_card(facts: MergeFacts) -> str:
@@ -84,13 +86,14 @@ def merge_card(facts: MergeFacts) -> str:
         code_block(facts.usage or _usage(facts)),
         "## How it was made",
         _inputs(facts),
+        *([_alignment(facts)] if facts.alignment else []),
         code_block(_recipe(facts), "yaml"),
         *(["\n".join(f"- {note}" for note in facts.notes)] if facts.notes else []),
         f"`{facts.record}` holds everything, digests of all inputs included. Made with "
         + ", ".join(f"{name} {version}" for name, version in facts.versions.items())
         + ".",
     ]
-    papers = citations([facts.method])
+    papers = citations([facts.method, *([facts.alignment["method"]] if facts.alignment else [])])
     if papers:
         parts += ["## Citation", code_block(papers, "bibtex")]
     return "\n\n".join(parts) + "\n"
@@ -126,6 +129,17 @@ def _inputs(facts: MergeFacts) -> str:
     return table(["model", "weight", *([facts.digest] if digests else [])], rows)
 
 
+def _alignment(facts: MergeFacts) -> str:
+    found = facts.alignment
+    moved = ", ".join(f"`{_public(name)}` {count}" for name, count in found["moved"].items())
+    return (
+        f"Before the merge, `{found['method']}` brought the units of all models into the order of "
+        f"`{_public(found['frame'])}`, which changes none of them as a function: the inner products of their weights, "
+        f"summed over pairs of models, rose from {found['objective_before']:.4g} to {found['objective_after']:.4g}. Of "
+        f"{found['units']} units moved: {moved}."
+    )
+
+
 def _recipe(facts: MergeFacts) -> str:
     recipe: dict[str, Any] = {"merge_method": facts.method}
     if facts.base and not facts.is_adapter:
@@ -133,6 +147,8 @@ def _recipe(facts: MergeFacts) -> str:
     recipe["models"] = [
         {"model": _public(model.source), "parameters": {"weight": model.weight}} for model in facts.inputs
     ]
+    if facts.alignment:
+        recipe["align"] = facts.alignment["recipe"]
     if facts.parameters:
         recipe["parameters"] = json.loads(json.dumps(facts.parameters, default=str))
     return yaml.safe_dump(recipe, sort_keys=False, width=100).rstrip()

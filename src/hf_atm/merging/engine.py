@@ -68,14 +68,14 @@ class ModelView(LazyTensors):
         return ModelView(self.name, self.state, self.origin, self.plan, keys, self.device)
 
     def shape(self, key: str) -> torch.Size:
-        shape = self.state[key].shape
+        shape = self.state.shape(key) if isinstance(self.state, LazyTensors) else self.state[key].shape
         return torch.Size((self.plan.rows[key], *shape[1:])) if key in self.plan.rows else shape
 
     def dtype(self, key: str) -> torch.dtype:
         return self.plan.dtypes[key]
 
     def stored_dtype(self, key: str) -> torch.dtype:
-        return self.state[key].dtype
+        return self.state.dtype(key) if isinstance(self.state, LazyTensors) else self.state[key].dtype
 
     def chunk(self, key: str, start: int, stop: int) -> Tensor:
         return self._checked(key, slice(start, stop))

@@ -57,6 +57,11 @@ def merge_recipe(
         if recipe.adapters:
             raise ValueError("Recipe key 'adapters' is for adapters, and no model is one; remove it.")
         return merge_checkpoints(recipe, output_dir, **options)
+    if recipe.align or options.get("align"):
+        raise ValueError(
+            "Recipe key 'align' is for whole models: adapters of one base share its order of units, and adapters of "
+            "several bases must be merged into them first; remove it."
+        )
     if len(adapters) < len(folders):
         raise ValueError(
             f"{', '.join(adapters)}: adapters, beside whole checkpoints; merge adapters into their base model first, or "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ _FILE_BUILDERS = {
     ".csv": "csv",
     ".txt": "text",
 }
+_LIMITS = ("max_train_per_class", "max_train_examples", "max_eval_examples", "max_test_examples")
 _PROBLEM_TYPES = ("regression", "single_label_classification")
 
 
@@ -48,6 +50,15 @@ class TaskSpec:
         default=None, metadata={"help": "'regression' or 'single_label_classification', if not in the features."}
     )
     metrics: list[str] | None = field(default=None, metadata={"help": "Metrics; the first enters the average."})
+    head: str | None = field(
+        default=None, metadata={"help": "'prototypical' learns from episodes, without a classifier."}
+    )
+    n_way: int | None = field(default=None, metadata={"help": "Classes per episode; all by default."})
+    k_shot: int | None = field(default=None, metadata={"help": "Support samples per class in an episode."})
+    n_query: int | None = field(default=None, metadata={"help": "Query samples per class in an episode."})
+    max_train_per_class: int | None = field(
+        default=None, metadata={"help": "Tune on a random subset with this many examples of each class."}
+    )
     max_train_examples: int | None = field(default=None, metadata={"help": "Tune on a random subset of this size."})
     max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on a subset of this size."})
     max_test_examples: int | None = field(default=None, metadata={"help": "Test on a random subset of this size."})
@@ -57,7 +68,7 @@ class TaskSpec:
         for name in ("text_columns", "metrics"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, [getattr(self, name)])
-        for name in ("num_labels", "max_train_examples", "max_eval_examples", "max_test_examples", "max_length"):
+        for name in ("num_labels", "n_way", "k_shot", "n_query", *_LIMITS, "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"task {self.name!r}: {name} must be a whole number from 1, not {value!r}")
@@ -90,7 +101,8 @@ class TaskData:
         head: dict[str, Any] = {"num_labels": self.spec.num_labels, "problem_type": self.spec.problem_type}
         if self.spec.label_names is not None:
             head["label2id"] = {name: index for index, name in enumerate(self.spec.label_names)}
-        return head
+        episodes = {key: getattr(self.spec, key) for key in ("head", "n_way", "k_shot", "n_query")}
+        return head | {key: value for key, value in episodes.items() if value is not None}
 
     @property
     def compute_metrics(self) -> Callable:
@@ -111,7 +123,7 @@ def load_task(spec: TaskSpec, seed: int = 0, causal_lm: bool = False) -> TaskDat
 
     Args:
         spec (`TaskSpec`): The specification.
-        seed (`int`, *optional*, defaults to 0): Decides the examples kept by `max_train_examples` and its like.
+        seed (`int`, *optional*, defaults to 0): Decides the examples kept by `max_train_examples`, `max_train_per_class` and their like.
         causal_lm (`bool`, *optional*, defaults to `False`): Read one text column and no label.
 
     Raises:
@@ -128,10 +140,14 @@ def load_task(spec: TaskSpec, seed: int = 0, causal_lm: bool = False) -> TaskDat
         if len(split) == 0:
             raise ValueError(f"task {spec.name!r}: split {wanted[part]!r} of {spec.dataset!r} is empty")
         limit = limits[part]
+        if part == "train" and spec.max_train_per_class is not None and not causal_lm:
+            splits[part] = split = _few_of_each(spec, split, seed)
         if limit is not None and limit < len(split):
             splits[part] = split.shuffle(seed=seed).select(range(limit))
     first = next(iter(splits.values()))
     if causal_lm:
+        if spec.head is not None:
+            raise ValueError(f"task {spec.name!r}: head is {spec.head!r}, and a language model has none; leave it out")
         (text,) = _text_columns(spec, first, label=None, most=1)
         return TaskData(spec, {part: _select(spec, s, {"text": text}) for part, s in splits.items()}, "causal_lm")
 
@@ -190,6 +206,21 @@ def _label_column(spec: TaskSpec, data: Dataset) -> str:
         if name in data.features:
             return name
     raise _unknown_column(spec, names[0], data)
+
+
+def _few_of_each(spec: TaskSpec, data: Dataset, seed: int) -> Dataset:
+    """At most `max_train_per_class` examples of every class, drawn at random."""
+    column = _label_column(spec, data)
+    if spec.problem_type == "regression" or str(getattr(data.features[column], "dtype", "")).startswith("float"):
+        raise ValueError(f"task {spec.name!r}: max_train_per_class needs classes, and {column!r} holds numbers")
+    data = data.shuffle(seed=seed)
+    seen: Counter[Any] = Counter()
+    rows = []
+    for row, label in enumerate(data[column]):
+        seen[label] += 1
+        if seen[label] <= (spec.max_train_per_class or 0):
+            rows.append(row)
+    return data.select(rows)
 
 
 def _text_columns(spec: TaskSpec, data: Dataset, label: str | None, most: int = 2) -> list[str]:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..plan import MergePlan, matches, plan_merge, with_tied_tables
 from ..registry import get_merge_method
 from ..state_dict import check_base_free, half_precision_note
 from ..tying import tied_by_content
+from .alignment import in_one_frame
 from .costs import step_cost
 from .layout import Layout, meta_tensors, plan_layout
 from .reader import CheckpointReader, identify, is_adapter, resolve_model
@@ -27,6 +28,9 @@ from .recipe import DTYPES, MergeRecipe
 from .side_files import list_side_files, tokenizer_files
 from .staging import staging_folder
 
+
+if TYPE_CHECKING:
+    from ...alignment import Alignment
 
 # Methods that mergekit does not normalise unless told to.
 _SUMMED_ELSEWHERE = ("dare", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "della_linear")
@@ -54,6 +58,8 @@ class Job:
         pooled (`dict[str, Tensor]`): merged buffers, which are small.
         steps (`list[Step]`): the work, in the order of the files.
         notes (`list[str]`): what the user should know.
+        sources (`list[Mapping[str, Tensor]]`): `readers`, in one order of units where the models are aligned.
+        alignment ([`Alignment`], *optional*): of the readers, where the models are aligned.
     """
 
     recipe: MergeRecipe
@@ -64,6 +70,8 @@ class Job:
     pooled: dict[str, Tensor]
     steps: list[Step]
     notes: list[str]
+    sources: list[Mapping[str, Tensor]]
+    alignment: Alignment | None = None
 
     @property
     def plan(self) -> MergePlan:
@@ -72,7 +80,12 @@ class Job:
     @property
     def reference(self) -> CheckpointReader:
         """The checkpoint whose names, shapes and side files the result has."""
-        return self.readers[-1] if self.recipe.base_model is not None else self.readers[0]
+        return self.readers[self.frame]
+
+    @property
+    def frame(self) -> int:
+        """The reference's place among the readers; aligned models are read in the order of its units."""
+        return len(self.readers) - 1 if self.recipe.base_model is not None else 0
 
     @property
     def disk(self) -> int:
@@ -111,9 +124,20 @@ class Job:
             reader.close()
 
 
-def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str | None = None) -> Job:
+def open_job(
+    recipe: MergeRecipe,
+    max_shard_size: int | str = "5GB",
+    device: str | None = None,
+    alignment: Alignment | None = None,
+) -> Job:
     """
     Opens and checks every input of a recipe, and lays the result out. Reads headers, and buffers.
+
+    Args:
+        recipe (`MergeRecipe`): what was asked for.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): largest file of weights.
+        device (`str`, *optional*): where to compute.
+        alignment ([`Alignment`], *optional*): of the models, then the base, if they are to be read in one order of units.
 
     Raises:
         `FileNotFoundError`, `ValueError`: for whatever would make the merge fail or lose something; one sentence each.
@@ -140,6 +164,8 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
     # Where some files store a tied tensor twice and others once, the second copy goes; where all do, both are written.
     dropped = [copy for copy in copies if not all(copy in reader for reader in inputs)]
     views: list[Mapping[str, Tensor]] = [_Without(reader, dropped) if dropped else reader for reader in inputs]
+    # The reference stays as it is, and so do shapes; a plan that is made of files alone holds.
+    aligned = in_one_frame(views, alignment, len(views) - 1 if base is not None else 0)
     dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -160,8 +186,8 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
         kwargs["statistics"] = [model.statistics for model in recipe.models]
     merger = Merger(
         plan,
-        views[: len(readers)],
-        views[-1] if base is not None else None,
+        aligned[: len(readers)],
+        aligned[-1] if base is not None else None,
         rule,
         weights,
         names,
@@ -171,7 +197,7 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
         torch.device(device) if device is not None else None,
     )
     pooled = merge_buffers(
-        [{key: view[key] for key in plan.pooled} for view in views[: len(readers)]],
+        [{key: view[key] for key in plan.pooled} for view in aligned[: len(readers)]],
         {key: plan.reference[key] for key in plan.pooled},
         weights,
     )
@@ -189,7 +215,8 @@ def open_job(recipe: MergeRecipe, max_shard_size: int | str = "5GB", device: str
     if left_out:
         notes.append(f"Tensors that the result does not have: {', '.join(left_out)}.")
     steps = _steps(merger, layout, private)
-    return Job(recipe, merger, inputs, layout, private, pooled, steps, notes)
+    sources = in_one_frame(inputs, alignment, len(inputs) - 1 if base is not None else 0)
+    return Job(recipe, merger, inputs, layout, private, pooled, steps, notes, sources, alignment)
 
 
 def check_disk(job: Job, output: Path) -> None:

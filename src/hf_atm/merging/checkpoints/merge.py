@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ...hub import check_upload, push
+from .alignment import align_inputs, alignment_facts, alignment_memory, check_inputs
 from .costs import peak_memory
 from .job import Job, check_disk, open_job
 from .processes import Processes
-from .recipe import MergeRecipe, read_recipe, with_dtype
+from .recipe import MergeRecipe, read_recipe, with_align, with_dtype
 from .record import write_record
 from .run import Run, create_files, single_threaded
 from .side_files import copy_side_files, set_config_dtype
@@ -46,6 +47,7 @@ class CheckpointMerge:
         resumed (`bool`): whether an interrupted merge was continued.
         reloaded_as (`str`): the class that loaded the result, or why none did.
         dry_run (`bool`): whether nothing was written.
+        alignment (`dict`): method, objective before and after, and the units that moved, if the models were aligned.
     """
 
     output_dir: str
@@ -67,6 +69,7 @@ class CheckpointMerge:
     resumed: bool = False
     reloaded_as: str = ""
     dry_run: bool = False
+    alignment: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -80,6 +83,7 @@ def merge_checkpoints(
     out_dtype: str | torch.dtype | None = None,
     dry_run: bool = False,
     *,
+    align: str | Mapping[str, Any] | None = None,
     device: str | None = None,
     threads: int | None = None,
     reload: bool | None = None,
@@ -105,6 +109,7 @@ def merge_checkpoints(
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): largest file of weights.
         out_dtype (`str` or `torch.dtype`, *optional*): type of the result; replaces the recipe's.
         dry_run (`bool`, *optional*, defaults to `False`): check everything, estimate memory and disk, write nothing.
+        align (`str` or mapping, *optional*): replaces the recipe's.
         device (`str`, *optional*): where to compute, such as `"cuda"`; the CPU by default.
         threads (`int`, *optional*): workers; by default as many as this process has cores.
         reload (`bool`, *optional*): whether to load the result with transformers, without memory for its weights, and
@@ -125,11 +130,13 @@ def merge_checkpoints(
         `RuntimeError`: if the written result fails its verification.
 
     Cost: one pass over all inputs (more for thresholds over the whole model); memory is what `dry_run` estimates, a few
-    megabytes for linear methods whatever the size of the models.
+    megabytes for linear methods whatever the size of the models. Alignment holds all models in memory, some twenty times over.
     """
     recipe = read_recipe(config_or_yaml)
     if out_dtype is not None:
         recipe = with_dtype(recipe, out_dtype)
+    if align is not None:
+        recipe = with_align(recipe, align)
     # A link is followed, so that the result is put together on the disk where it will lie.
     output = Path(output_dir).resolve()
     processes = Processes()
@@ -144,6 +151,12 @@ def merge_checkpoints(
         processes.on_main(check_output, output, overwrite, [reader.path for reader in job.readers])
         processes.on_main(check_disk, job, output)
         processes.on_main(job.merger.rehearse)
+        if recipe.align and dry_run:
+            processes.on_main(check_inputs, job)
+        elif recipe.align:
+            alignment = align_inputs(job, output, processes, device)
+            job.close()
+            job = open_job(recipe, max_shard_size, device, alignment)
         if dry_run:
             return _summary(job, output, workers, dry_run=True)
         resumed, reloaded = _carry_out(job, output, processes, workers, reload, progress)
@@ -224,6 +237,10 @@ def _summary(job: Job, output: Path, workers: int, **facts: Any) -> CheckpointMe
         name = str(tensor.dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + tensor.numel()
     merged = sum(map(len, job.plan.groups.values()))
+    peak = peak_memory(job.merger, workers)
+    if job.recipe.align:
+        aligning, reading = alignment_memory(job, workers)
+        peak = max(aligning, peak + reading)
     return CheckpointMerge(
         output_dir=str(output),
         method=job.recipe.merge_method,
@@ -237,10 +254,11 @@ def _summary(job: Job, output: Path, workers: int, **facts: Any) -> CheckpointMe
         files=sorted(job.layout.files),
         nbytes=job.layout.nbytes,
         disk_bytes=job.disk,
-        peak_bytes=peak_memory(job.merger, workers),
+        peak_bytes=peak,
         side_files=[name for _, names in job.side_files() for name in names],
         left_out=job.plan.left_out,
         notes=job.notes,
+        alignment=alignment_facts(job),
         **facts,
     )
 

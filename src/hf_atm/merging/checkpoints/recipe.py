@@ -18,6 +18,7 @@ from ..plan import VOCAB_POLICIES
 from ..postprocess.registry import check_post_processors
 from ..registry import check_merge_kwargs, get_merge_method
 from ..tensors import FLOATING, check_names, check_weights, nearest
+from .alignment import check_alignable, parse_align
 
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
@@ -70,6 +71,10 @@ class MergeRecipe:
         postprocess (`list`): post-processors of the merged task vector.
         tokenizer_source (`str`): `"base"`, or the name of a model, whose tokenizer files the result gets.
         copy_code (`bool`): whether Python files of the base are copied.
+        align (`str` or `dict`): for models from different starts, how their units are brought into one order before the
+            merge: a method, or `{method: c2m3, starts: [...], max_iter, tol, polish, heads: [...], seed}` as in
+            [`~hf_atm.alignment.align`]. The base is aligned with the models, and the result lies in its frame, or
+            without one in that of the first model.
         adapters (`dict`): where the models are PEFT adapters, keywords of [`merge_adapters`] such as `output`.
         base_revision (`str`, *optional*): of the base on the Hub.
     """
@@ -87,6 +92,7 @@ class MergeRecipe:
     postprocess: list[Any] = field(default_factory=list)
     tokenizer_source: str = "base"
     copy_code: bool = False
+    align: dict[str, Any] = field(default_factory=dict)
     adapters: dict[str, Any] = field(default_factory=dict)
     base_revision: str | None = None
 
@@ -135,6 +141,19 @@ def with_dtype(recipe: MergeRecipe, out_dtype: str | torch.dtype) -> MergeRecipe
     if name not in DTYPES:
         raise ValueError(f"out_dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}.")
     return replace(recipe, out_dtype=name)
+
+
+def with_align(recipe: MergeRecipe, align: str | Mapping[str, Any]) -> MergeRecipe:
+    """
+    The recipe with another key `align`.
+
+    Raises:
+        `ValueError`: for one that does not fit the recipe.
+    """
+    settings = parse_align(align)
+    if settings:
+        check_alignable(get_merge_method(recipe.merge_method), recipe.base_model is not None)
+    return replace(recipe, align=settings)
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -194,7 +213,8 @@ def _parse(content: Mapping[str, Any], folder: Path | None) -> MergeRecipe:
             f"tokenizer_source={source!r} is neither 'base' nor one of the models "
             f"({', '.join(model.name for model in models)}); vocabularies cannot be united."
         )
-    return MergeRecipe(**{**values, "models": models, "base_model": base})
+    recipe = MergeRecipe(**{**values, "align": {}, "models": models, "base_model": base})
+    return with_align(recipe, values["align"]) if "align" in values else recipe
 
 
 def _models(

@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from ..card import MergedModel, MergeFacts, merge_card
+from .alignment import alignment_facts
 from .job import Job
 from .staging import RECORD_NAME, STAGING_SUFFIX, Journal
 
@@ -55,6 +56,7 @@ def write_record(job: Job, folder: Path, journal: Journal, reloaded: str) -> dic
         },
         "scale": job.merger.factor,
         "reloaded_as": reloaded,
+        **({"alignment": facts} if (facts := alignment_facts(job)) else {}),
         "notes": job.notes,
         "versions": _versions(),
     }
@@ -100,4 +102,5 @@ def _facts(job: Job, folder: Path, record: Mapping[str, Any]) -> MergeFacts:
         digest="XXH3-128 of its tensors",
         record=RECORD_NAME,
         notes=job.notes,
+        alignment=record.get("alignment", {}),
     )

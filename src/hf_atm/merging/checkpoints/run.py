@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..engine import Merger, flat
 from ..tensors import CHUNK, converted
+from .alignment import MAPS_NAME
 from .job import Job, Step, has_scratch, offset_step, scratch_size
 from .layout import Layout, Place, bytes_of, write_at
 from .processes import Processes, share_out
@@ -164,9 +165,9 @@ class Run:
             self._note_inputs(key, [], inputs)
         else:
             name = step.kind.partition(":")[2]
-            reader = self.job.readers[[model.name for model in self.job.recipe.models].index(name)]
+            source = self.job.sources[[model.name for model in self.job.recipe.models].index(name)]
             for key in step.keys:
-                outputs |= self._store(self.job.private[name], f"{PRIVATE_FOLDER}/", [key], _pieces(reader[key]))
+                outputs |= self._store(self.job.private[name], f"{PRIVATE_FOLDER}/", [key], _pieces(source[key]))
         return {"outputs": outputs, "inputs": inputs}
 
     def _copied(self, key: str) -> Iterator[Tensor]:
@@ -192,7 +193,8 @@ class Run:
         for place, reader in enumerate(self.job.readers):
             if key not in reader:
                 continue
-            digest = digests[place].hexdigest() if digests and key not in self.job.plan.rows else untouched
+            whole = digests and key not in self.job.plan.rows and self.job.sources[place] is reader
+            digest = digests[place].hexdigest() if whole else untouched
             inputs[place][key] = digest if digest != untouched else _digest(reader[key])
 
     # ---- Files ----
@@ -231,6 +233,8 @@ def create_files(job: Job, staging: Path) -> None:
         (staging / PRIVATE_FOLDER).mkdir()
     for layout in job.private.values():
         layout.create(staging / PRIVATE_FOLDER)
+    if job.alignment is not None:
+        job.alignment.save(staging / MAPS_NAME)
     if has_scratch(job.merger):
         with open(staging / SCRATCH_NAME, "wb") as handle:
             handle.truncate(scratch_size(job.merger))

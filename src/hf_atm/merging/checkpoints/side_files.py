@@ -42,6 +42,7 @@ _LEFT_FOLDERS = (
     "adapters",
     "tasks",
     "task_specific",
+    "alignment",
     "figures",
 )
 _TOKENIZER = (

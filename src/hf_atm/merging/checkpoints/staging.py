@@ -60,6 +60,12 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
             raise ValueError(f"{str(beside)!r} is in the way and no merge wrote it; move it or name another output.")
 
 
+def is_resumable(output: Path, identity: dict[str, Any]) -> bool:
+    """Whether an interrupted merge of the same inputs left its work beside `output`."""
+    state = staging_folder(output) / STATE_NAME
+    return state.is_file() and state.read_text(encoding="utf-8") == json.dumps(identity, sort_keys=True)
+
+
 def open_staging(output: Path, identity: dict[str, Any]) -> tuple[Path, bool]:
     """
     Makes the staging folder, or finds the one that an interrupted merge of the same inputs left.
@@ -72,10 +78,9 @@ def open_staging(output: Path, identity: dict[str, Any]) -> tuple[Path, bool]:
         `tuple[Path, bool]`: the folder, and whether it holds work to continue.
     """
     staging = staging_folder(output)
-    state = staging / STATE_NAME
-    text = json.dumps(identity, sort_keys=True)
-    if state.is_file() and state.read_text(encoding="utf-8") == text:
+    if is_resumable(output, identity):
         return staging, True
+    text = json.dumps(identity, sort_keys=True)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     (staging / _NEW_STATE).write_text(text, encoding="utf-8")
