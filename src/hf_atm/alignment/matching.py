@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,26 +12,21 @@ from torch import Tensor, nn
 
 from ..merging.tensors import content_names
 from .ascent import git_rebasin, merge_many
-from .ascent import polish as polish_permutations
 from .features import feature_problem
-from .frank_wolfe import Climb, climb
 from .inputs import check_models, read_models
-from .mixture import Mixture
 from .permutation import Permutation
-from .problem import Problem, build_problem, objective
+from .problem import build_problem, objective
 from .registry import spec_for
 from .result import Alignment
+from .runs import best_run
 from .spec import PermutationSpec
-from .starts import STARTS, starting_point
-from .workers import Map, workers
+from .starts import STARTS
+from .workers import workers
 
 
 METHODS = ("c2m3", "git-rebasin", "merge-many", "activations")
 
 _DEFAULT_STARTS = ("identity", "barycentre", "barycentre", "gauge")
-
-# Shares of its way up that a step gains when a start is judged, and when its run ends.
-_JUDGED, _ENDED = 1e-2, 1e-3
 
 
 def align(
@@ -71,12 +66,14 @@ def align(
             For `"activations"`: batches of a DataLoader, or per model a mapping from an axis such as `"M.0"` or
             `"A.0:q"` to features of shape (samples, units).
         starts (`Sequence[str]`, *optional*):
-            Where Frank-Wolfe starts from, one run each: `"identity"`, `"barycentre"`, `"gauge"`, `"anchored"`. The run
-            with the largest objective after rounding and polish is kept.
+            Where Frank-Wolfe starts from, one run each: `"identity"`, `"barycentre"`, `"gauge"`, `"anchored"`. Where
+            the runs differ, further ones start from the mean of what they found. The run with the largest objective after
+            rounding and polish is kept. Models whose own order is stationary, as after tuning from one base, keep it.
         max_iter (`int`, *optional*, defaults to 200):
             Iterations of a run at most; for the other methods sweeps.
         tol (`float`, *optional*, defaults to 1e-6):
-            A run ends when the Frank-Wolfe gap or the gain of a step falls below this share of the objective.
+            A run ends when the Frank-Wolfe gap or the gain of a step falls below this share of the objective, and at the
+            latest when a step gains .3% of the way up: from there the polish gains more in less time.
         polish (`int`, *optional*, defaults to 10):
             Sweeps of coordinate ascent after rounding at most.
         heads (`Sequence[str]`, *optional*):
@@ -135,11 +132,11 @@ def align(
             report: dict[str, Any] = {}
             soft: list[dict[str, np.ndarray]] = []
         else:
-            run, reached = _best_run(problem, pool, starts, max_iter, tol, polish, seed)
+            run, reached = best_run(problem, pool, starts, max_iter, tol, polish, seed)
             vectors, history = run.vectors, run.values
             report = {"start": run.start, "iterations": run.iterations, "gap": run.gap, "converged": run.converged}
-            report["starts"] = reached
-            soft = _soft_maps(run.point, vectors[0]) if keep_soft_maps else []
+            report["starts"] = [{"start": start, "objective": value} for start, value in reached]
+            soft = run.point.soft_maps(vectors[0]) if keep_soft_maps else []
         value = objective(problem, vectors)
     found = _in_one_frame(spec, vectors)
     position = {index: rank for rank, index in enumerate(order)}
@@ -156,70 +153,12 @@ def align(
     )
 
 
-@dataclass
-class _Run:
-    """A start, how far Frank-Wolfe has come from it, and what rounding and polish made of that."""
-
-    start: str
-    point: Mixture
-    values: list[float] = field(default_factory=list)
-    gap: float = float("inf")
-    converged: bool = False
-    iterations: int = 0
-    vectors: list[dict[str, np.ndarray]] = field(default_factory=list)
-
-    def climb(self, pool: Map, max_iter: int, tol: float, share: float, fixed: Sequence[int] = ()) -> Climb:
-        origin = self.values[0] if self.values else None
-        found = climb(self.point, pool, max_iter, tol, share, origin, fixed)
-        self.values += found.values
-        self.gap, self.converged = found.gap, found.converged
-        return found
-
-    def settle(self, problem: Problem, pool: Map, sweeps: int) -> None:
-        self.iterations = len(self.values)
-        rounded = self.point.rounded(pool)
-        self.vectors, gains = polish_permutations(problem, rounded, pool, sweeps)
-        self.values += [objective(problem, rounded), *gains]
-
-
-def _best_run(
-    problem: Problem, pool: Map, starts: Sequence[str], max_iter: int, tol: float, sweeps: int, seed: int
-) -> tuple[_Run, list[dict[str, Any]]]:
-    """
-    Frank-Wolfe from every start while its steps gain much; the higher half goes on, is rounded and polished.
-
-    The slow end of Frank-Wolfe is left out: the polish gains more in less time. Returns the run that ends highest, among
-    equals the first, and what every start reached.
-    """
-    runs: list[_Run] = []
-    for number, start in enumerate(starts):
-        run = _Run(start, starting_point(problem, start, seed, list(starts[:number]).count(start)))
-        runs.append(run)
-        if start == "gauge":
-            run.climb(pool, max_iter, tol, _JUDGED, fixed=(0,))
-        if len(run.climb(pool, max_iter, tol, _JUDGED).values) == 1 and start == "identity":
-            # The models share a frame already.
-            runs = [run]
-            break
-    chosen = sorted(runs, key=lambda run: -run.values[-1])[: -(-len(runs) // 2)]
-    for run in chosen:
-        run.climb(pool, max_iter, tol, _ENDED)
-        run.settle(problem, pool, sweeps)
-    reached = [{"start": run.start, "objective": run.values[-1], "judged": run not in chosen} for run in runs]
-    return max(chosen, key=lambda run: run.values[-1]), reached
-
-
 def _in_one_frame(spec: PermutationSpec, vectors: Sequence[Mapping[str, np.ndarray]]) -> list[Permutation]:
     """Orders of all groups, the first model's as the universe; groups that nothing was matched by stay in place."""
     identity = Permutation.identity(spec).vectors
     found = [Permutation(spec, {**identity, **mine}) for mine in vectors]
     back = found[0].inverse()
     return [mine.compose(back) for mine in found]
-
-
-def _soft_maps(point: Mixture, first: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    models = range(point.problem.count)
-    return [{name: point.dense(name, model)[:, first[name]] for name in point.problem.sizes} for model in models]
 
 
 def _spec_of(models: Sequence[Any]) -> PermutationSpec:
