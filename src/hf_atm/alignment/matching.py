@@ -12,18 +12,16 @@ from torch import Tensor, nn
 
 from ..merging.tensors import content_names
 from .ascent import git_rebasin, merge_many
-from .ascent import polish as polish_permutations
 from .features import feature_problem
-from .frank_wolfe import climb
 from .inputs import check_models, read_models
-from .mixture import Mixture
 from .permutation import Permutation
-from .problem import Problem, build_problem, objective
+from .problem import build_problem, objective
 from .registry import spec_for
 from .result import Alignment
+from .runs import best_run
 from .spec import PermutationSpec
-from .starts import STARTS, starting_point
-from .workers import Map, workers
+from .starts import STARTS
+from .workers import workers
 
 
 METHODS = ("c2m3", "git-rebasin", "merge-many", "activations")
@@ -68,12 +66,14 @@ def align(
             For `"activations"`: batches of a DataLoader, or per model a mapping from an axis such as `"M.0"` or
             `"A.0:q"` to features of shape (samples, units).
         starts (`Sequence[str]`, *optional*):
-            Where Frank-Wolfe starts from, one run each: `"identity"`, `"barycentre"`, `"gauge"`, `"anchored"`. The run
-            with the largest objective after rounding and polish is kept.
+            Where Frank-Wolfe starts from, one run each: `"identity"`, `"barycentre"`, `"gauge"`, `"anchored"`. Where
+            the runs differ, further ones start from the mean of what they found. The run with the largest objective after
+            rounding and polish is kept. Models whose own order is stationary, as after tuning from one base, keep it.
         max_iter (`int`, *optional*, defaults to 200):
             Iterations of a run at most; for the other methods sweeps.
         tol (`float`, *optional*, defaults to 1e-6):
-            A run ends when the Frank-Wolfe gap or the gain of a step falls below this share of the objective.
+            A run ends when the Frank-Wolfe gap or the gain of a step falls below this share of the objective, and at the
+            latest when a step gains .3% of the way up: from there the polish gains more in less time.
         polish (`int`, *optional*, defaults to 10):
             Sweeps of coordinate ascent after rounding at most.
         heads (`Sequence[str]`, *optional*):
@@ -132,8 +132,11 @@ def align(
             report: dict[str, Any] = {}
             soft: list[dict[str, np.ndarray]] = []
         else:
-            vectors, history, report, point = _best_run(problem, pool, starts, max_iter, tol, polish, seed)
-            soft = _soft_maps(point, vectors[0]) if keep_soft_maps else []
+            run, reached = best_run(problem, pool, starts, max_iter, tol, polish, seed)
+            vectors, history = run.vectors, run.values
+            report = {"start": run.start, "iterations": run.iterations, "gap": run.gap, "converged": run.converged}
+            report["starts"] = [{"start": start, "objective": value} for start, value in reached]
+            soft = run.point.soft_maps(vectors[0]) if keep_soft_maps else []
         value = objective(problem, vectors)
     found = _in_one_frame(spec, vectors)
     position = {index: rank for rank, index in enumerate(order)}
@@ -150,42 +153,12 @@ def align(
     )
 
 
-def _best_run(
-    problem: Problem, pool: Map, starts: Sequence[str], max_iter: int, tol: float, sweeps: int, seed: int
-) -> tuple[list[dict[str, np.ndarray]], list[float], dict[str, Any], Mixture]:
-    """The run of Frank-Wolfe, rounding and polish that ends highest; among equals the first."""
-    best: tuple[list[dict[str, np.ndarray]], list[float], dict[str, Any], Mixture] | None = None
-    reached = []
-    for number, start in enumerate(starts):
-        point = starting_point(problem, start, seed, list(starts[:number]).count(start))
-        values: list[float] = []
-        if start == "gauge":
-            values += climb(point, pool, max_iter, tol, fixed=(0,)).values
-        run = climb(point, pool, max_iter, tol)
-        values += run.values
-        vectors = point.rounded(pool)
-        values.append(objective(problem, vectors))
-        vectors, gains = polish_permutations(problem, vectors, pool, sweeps)
-        values += gains
-        reached.append({"start": start, "objective": values[-1]})
-        if best is None or values[-1] > best[1][-1] + tol * abs(best[1][-1]) * 1e-3:
-            facts = {"start": start, "iterations": len(values) - len(gains) - 1, "gap": run.gap}
-            best = vectors, values, facts | {"converged": run.converged, "starts": reached}, point
-    assert best is not None
-    return best
-
-
 def _in_one_frame(spec: PermutationSpec, vectors: Sequence[Mapping[str, np.ndarray]]) -> list[Permutation]:
     """Orders of all groups, the first model's as the universe; groups that nothing was matched by stay in place."""
     identity = Permutation.identity(spec).vectors
     found = [Permutation(spec, {**identity, **mine}) for mine in vectors]
     back = found[0].inverse()
     return [mine.compose(back) for mine in found]
-
-
-def _soft_maps(point: Mixture, first: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    models = range(point.problem.count)
-    return [{name: point.dense(name, model)[:, first[name]] for name in point.problem.sizes} for model in models]
 
 
 def _spec_of(models: Sequence[Any]) -> PermutationSpec:

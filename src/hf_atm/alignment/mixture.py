@@ -110,6 +110,14 @@ class Mixture:
                 result[np.arange(size), vectors[variable]] += weight
         return result
 
+    def soft_maps(self, first: Vectors) -> list[dict[str, np.ndarray]]:
+        """The dense matrices of all models, their columns in the order of index vectors of the first one."""
+        models = range(self.problem.count)
+        return [
+            {name: np.ascontiguousarray(self.dense(name, model)[:, first[name]]) for name in self.problem.sizes}
+            for model in models
+        ]
+
     def rounded(self, pool: Map) -> list[dict[str, np.ndarray]]:
         """The admissible permutations nearest to the mixture, by model."""
         last = self.atoms[-1][1]

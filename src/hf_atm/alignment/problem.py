@@ -13,7 +13,7 @@ from .spec import Group, PermutationSpec, View
 
 
 # Float64 copies are made in pieces of this many entries.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,19 @@ class Problem:
         """Indices of the blocks that a group orders."""
         names = set(self.variables_of(group))
         return [index for index, block in enumerate(self.blocks) if {block.rows, block.columns} & names]
+
+    def together(self, order: Sequence[str]) -> list[list[str]]:
+        """Groups in a given order, cut into runs whose members share no block: their best orders are independent."""
+        runs: list[list[str]] = []
+        busy: set[int] = set()
+        for name in order:
+            touching = set(self.touching(name))
+            if not runs or touching & busy:
+                runs.append([])
+                busy = set()
+            runs[-1].append(name)
+            busy |= touching
+        return runs
 
     def identity(self) -> dict[str, np.ndarray]:
         """Index vectors that leave every unit in its place."""
@@ -163,12 +176,16 @@ def _double(matrix: Tensor) -> np.ndarray:
 
 def gram(matrices: Sequence[Tensor]) -> np.ndarray:
     """Inner products of some tensors of one shape, in float64."""
-    total = np.zeros((len(matrices), len(matrices)))
     flat = [matrix.reshape(-1) for matrix in matrices]
-    for start in range(0, flat[0].numel(), _CHUNK):
-        rows = torch.stack([vector[start : start + _CHUNK].double() for vector in flat])
-        total += _double(rows @ rows.T)
-    return total
+    size = flat[0].numel()
+    piece = torch.empty(len(flat), min(_CHUNK, size), dtype=torch.float64, device=flat[0].device)
+    result = np.zeros((len(flat), len(flat)))
+    for start in range(0, size, _CHUNK):
+        rows = piece[:, : min(_CHUNK, size - start)]
+        for row, vector in zip(rows, flat, strict=True):
+            row.copy_(vector[start : start + _CHUNK])
+        result += _double(rows @ rows.T)
+    return result
 
 
 def total(matrices: Iterable[Tensor]) -> Tensor:
@@ -180,11 +197,13 @@ def total(matrices: Iterable[Tensor]) -> Tensor:
     return result
 
 
+def pair_sum(matrices: Sequence[Tensor]) -> float:
+    """Sum of the inner products of all pairs, in time linear in their number."""
+    # ||S||^2 holds every square once and every pair twice.
+    return float(0.5 * (gram([total(matrices)])[0, 0] - sum(gram([matrix])[0, 0] for matrix in matrices)))
+
+
 def objective(problem: Problem, vectors: Sequence[Mapping[str, np.ndarray]]) -> float:
     """The objective at permutations: half of `sum_l (||S_l||^2 - sum_p ||W_l^p||^2)`, S the sum of the models."""
-    value = 0.0
-    for block in problem.blocks:
-        seen = [in_universe(block, model, vectors[model]) for model in range(problem.count)]
-        # ||S||^2 holds every square once and every pair twice.
-        value += 0.5 * (gram([total(seen)])[0, 0] - sum(gram([matrix])[0, 0] for matrix in seen))
-    return float(value)
+    models = range(problem.count)
+    return sum(pair_sum([in_universe(block, model, vectors[model]) for model in models]) for block in problem.blocks)
