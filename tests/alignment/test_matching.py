@@ -24,7 +24,7 @@ from hf_atm.alignment.mixture import Mixture
 from hf_atm.alignment.problem import build_problem
 from hf_atm.alignment.workers import workers
 
-from .networks import ResNet, mlp, one_group, planted, shaken
+from .networks import TRANSFORMERS, ResNet, mlp, one_group, planted, shaken
 
 
 SIZES = (6, 10, 8, 4)
@@ -136,6 +136,19 @@ def test_models_tuned_from_one_base_stay_where_they_are():
     ]
     found = align(models, mlp_spec(base))
     assert all(found.map(0, index).is_identity for index in range(3))
+    assert [run["start"] for run in found.report["starts"]] == ["identity"]
+
+
+def test_runs_from_the_mean_of_others_follow_where_these_differ():
+    torch.manual_seed(0)
+    models = [mlp(20, 40, 30, 5) for _ in range(3)]
+    found = align(models, mlp_spec(models[0]))
+    reached = [(run["start"], run["objective"]) for run in found.report["starts"]]
+    assert [start for start, _ in reached] == ["identity", "barycentre", "barycentre", "gauge", "mean", "mean"]
+    assert found.objective == pytest.approx(max(value for _, value in reached), rel=1e-6)
+    _, states = planted(models[0], mlp_spec(models[0]), 3, noise=0.0)
+    again = align(states, mlp_spec(models[0]), starts=("barycentre", "gauge"))
+    assert [run["start"] for run in again.report["starts"]] == ["barycentre", "gauge"]
 
 
 def test_functions_survive_and_inputs_are_not_touched():
@@ -153,18 +166,74 @@ def test_functions_survive_and_inputs_are_not_touched():
     assert all(torch.equal(found.to_universe(1, back)[name], value) for name, value in merged.items())
 
 
-def test_task_vectors_and_adapters_follow_the_weights():
-    torch.manual_seed(0)
-    models = [mlp(6, 10, 8, 4) for _ in range(2)]
+def test_task_vectors_and_moments_follow_their_model():
+    models = networks(2)
     found = align(models, mlp_spec(models[0]))
-    state = models[1].state_dict()
-    a, b = torch.randn(3, 10), torch.randn(8, 3)
-    vector = {"2.weight": b @ a}
-    adapter = {"2.lora_A.weight": a, "2.lora_B.weight": b}
-    moved, factors = found.to_universe(1, vector), found.to_universe(1, adapter)
-    assert torch.allclose(factors["2.lora_B.weight"] @ factors["2.lora_A.weight"], moved["2.weight"], atol=1e-6)
-    whole = found.to_universe(1, {"2.weight": state["2.weight"] + vector["2.weight"]})
-    assert torch.allclose(whole["2.weight"], found.state_dicts[1]["2.weight"] + moved["2.weight"], atol=1e-6)
+    delta = {name: torch.randn_like(tensor) for name, tensor in models[1].state_dict().items()}
+    moved = {name: tensor + delta[name] for name, tensor in models[1].state_dict().items()}
+    whole, part = found.to_universe(1, moved), found.to_universe(1, delta)
+    assert all(torch.equal(whole[name], tensor + part[name]) for name, tensor in found.state_dicts[1].items())
+    assert all(torch.equal(found.from_universe(1, part)[name], tensor) for name, tensor in delta.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("vit", "vit.layers.1.attention.v_proj"),
+        ("vit", "vit.layers.0.mlp.fc2"),
+        ("gpt2", "transformer.h.1.attn.c_attn"),
+        ("llama", "model.layers.0.self_attn.q_proj"),
+        ("llama", "model.layers.0.self_attn.o_proj"),
+    ],
+)
+def test_lora_factors_follow_the_weights_they_belong_to(name, weight):
+    torch.manual_seed(0)
+    model, _ = TRANSFORMERS[name]()
+    order = Permutation.random(spec_for(model))
+    full = model.state_dict()[f"{weight}.weight"]
+    outputs, inputs = full.shape[::-1] if name == "gpt2" else full.shape
+    a, b = torch.randn(3, inputs), torch.randn(outputs, 3)
+    update = (b @ a).T if name == "gpt2" else b @ a
+    factors = {f"base_model.model.{weight}.lora_A.default.weight": a, f"base_model.model.{weight}.lora_B.weight": b}
+    moved_a, moved_b = order.apply(factors).values()
+    expected = order.apply({f"{weight}.weight": update})[f"{weight}.weight"]
+    torch.testing.assert_close((moved_b @ moved_a).T if name == "gpt2" else moved_b @ moved_a, expected)
+    assert not torch.equal(expected, update)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "llama", "tasks, roberta, mean"])
+def test_aligned_transformers_compute_the_same(name):
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(shaken(TRANSFORMERS[name]()[0], seed))
+    inputs = TRANSFORMERS[name]()[1]
+    with torch.no_grad():
+        before = [model(**inputs).logits for model in models]
+        found = align(models, max_iter=10)
+        assert not found.map(0, 1).is_identity
+        for model, state, logits in zip(models, found.state_dicts, before, strict=True):
+            model.load_state_dict(state)
+            assert (model(**inputs).logits - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_heads_of_different_tasks_are_mapped_but_not_matched():
+    models = [TRANSFORMERS["vit"]()[0] for _ in range(2)]
+    models[1].classifier = torch.nn.Linear(24, 7)
+    found = align(models, max_iter=10)
+    again = align([model.vit.state_dict() for model in models], spec_for(models[0].vit), max_iter=10)
+    assert found.objective == pytest.approx(again.objective, rel=1e-6)
+    order = found.permutations[1].inverse().vectors["R"]
+    assert torch.equal(found.state_dicts[1]["classifier.weight"], models[1].classifier.weight[:, order])
+    with pytest.raises(ValueError, match="'classifier.weight' has shapes"):
+        align(models, heads=[])
+
+
+def test_ties_stay_ties_and_types_stay_types():
+    models = [TRANSFORMERS["bert masked"]()[0].bfloat16() for _ in range(2)]
+    state = align(models, max_iter=5).state_dicts[1]
+    assert state["cls.predictions.decoder.weight"] is state["bert.embeddings.word_embeddings.weight"]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in state.values() if tensor.is_floating_point())
 
 
 def test_an_alignment_is_saved_and_loaded(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from hf_atm.alignment import Flat, Heads, Permutation, PermutationSpec
-from hf_atm.alignment.ascent import git_rebasin, merge_many, polish
+from hf_atm.alignment.ascent import git_rebasin, match_model, merge_many, polish
 from hf_atm.alignment.assignment import best_permutation, inner_product
 from hf_atm.alignment.frank_wolfe import _blended, _line, best_step, climb, gradients, quartic, value_of
 from hf_atm.alignment.mixture import Mixture
-from hf_atm.alignment.problem import build_problem, objective
+from hf_atm.alignment.problem import Problem, build_problem, objective
 from hf_atm.alignment.starts import STARTS, starting_point
 from hf_atm.alignment.workers import workers
 
@@ -183,3 +183,29 @@ def test_the_barycentre_is_the_mean_of_all_admissible_permutations():
     np.testing.assert_allclose(point.dense("A:qk", 0), fixed)
     np.testing.assert_allclose(point.dense("A:v", 0), np.full((4, 4), 0.25))
     np.testing.assert_allclose(point.seen[0][0][..., 0].numpy(), fixed.T @ np.full((4, 4), 0.25))
+
+
+def test_groups_matched_at_once_share_no_tensor_and_keep_their_order():
+    axes = {f"{index}.weight": (f"P.{index + 1}", f"P.{index}") for index in range(4)}
+    spec = PermutationSpec({f"P.{index}": Flat(3) for index in range(5)}, axes)
+    problem = build_problem(spec, [{name: torch.eye(3).double() for name in axes}] * 2, axes, None)
+    assert problem.together(["P.0", "P.2", "P.4", "P.1", "P.3"]) == [["P.0", "P.2", "P.4"], ["P.1", "P.3"]]
+    assert problem.together(sorted(spec.groups)) == [[name] for name in sorted(spec.groups)]
+
+
+def test_matching_groups_at_once_is_matching_them_one_by_one(pool, monkeypatch):
+    axes = {f"{index}.weight": (f"P.{index + 1}", f"P.{index}") for index in range(4)}
+    spec = PermutationSpec({f"P.{index}": Flat(8) for index in range(5)}, axes)
+    states = [{name: torch.from_numpy(array) for name, array in chain(seed).items()} for seed in range(2)]
+    problem = build_problem(spec, states, axes, None)
+    targets = [block.matrices[0] for block in problem.blocks]
+    sweeps = [["P.0", "P.2", "P.4", "P.1", "P.3"], ["P.3", "P.0", "P.1", "P.4", "P.2"]]
+    at_once, changed = match_model(problem, 1, problem.identity(), targets, sweeps, pool)
+    monkeypatch.setattr(Problem, "together", lambda problem, order: [[name] for name in order])
+    one_by_one, _ = match_model(problem, 1, problem.identity(), targets, sweeps, pool)
+    assert changed and all(np.array_equal(vector, one_by_one[name]) for name, vector in at_once.items())
+
+
+def chain(seed):
+    draw = np.random.default_rng(seed)
+    return {f"{index}.weight": draw.normal(size=(8, 8)) for index in range(4)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers as tf
 from torch import nn
-from transformers import BertConfig, BertModel, T5Config
 
 from hf_atm import MultiTaskModel
 from hf_atm.alignment import (
@@ -21,7 +24,7 @@ from hf_atm.alignment import (
     vgg_spec,
 )
 
-from .networks import TRANSFORMERS, ResNet, images, mlp, one_group, shaken, tokens, vgg
+from .networks import TRANSFORMERS, ChannelNorm, ResNet, images, mlp, one_group, pre_resnet, shaken, tokens, vgg
 
 
 def output(model, inputs):
@@ -66,10 +69,12 @@ def test_transformers_keep_their_function(name):
     [
         (lambda: mlp(7, 12, 9, 4), mlp_spec, lambda: torch.randn(5, 7)),
         (lambda: vgg(), vgg_spec, lambda: images(16)),
+        (lambda: vgg(ChannelNorm), vgg_spec, lambda: images(16)),
         (lambda: ResNet(), resnet_spec, lambda: images(16)),
         (lambda: ResNet(one_group, width=8, blocks=1), resnet_spec, lambda: images(16)),
+        (pre_resnet, resnet_spec, lambda: images(16)),
     ],
-    ids=["mlp", "vgg", "resnet with BatchNorm", "resnet with GroupNorm"],
+    ids=["mlp", "vgg", "vgg with LayerNorm", "resnet with BatchNorm", "resnet with GroupNorm", "norms before"],
 )
 def test_plain_networks_keep_their_function(build, spec_of, inputs):
     torch.manual_seed(0)
@@ -101,10 +106,10 @@ def test_rotary_positions_forbid_orders_inside_queries_and_keys():
 
 def test_multi_task_models_follow_their_backbone():
     torch.manual_seed(0)
-    config = BertConfig(
+    config = tf.BertConfig(
         vocab_size=30, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40
     )
-    model = MultiTaskModel.from_backbone(BertModel(config), tasks={"a": {"num_labels": 2}, "b": {"num_labels": 3}})
+    model = MultiTaskModel.from_backbone(tf.BertModel(config), tasks={"a": {"num_labels": 2}, "b": {"num_labels": 3}})
     model = shaken(model)
     spec = spec_for(model)
     assert spec.is_head("heads.a.classifier.weight") or any(spec.is_head(name) for name in model.state_dict())
@@ -121,8 +126,6 @@ def test_own_families_are_registered_and_others_refused():
     assert spec_for(config) == spec
     with pytest.raises(ValueError, match="overwrite=True"):
         register_permutation_spec("mine", lambda config, names: spec)
-    with pytest.raises(ValueError, match="t5"):
-        spec_for(T5Config())
 
 
 def test_specifications_that_do_not_fit_are_named():
@@ -137,3 +140,56 @@ def test_specifications_that_do_not_fit_are_named():
         Permutation.identity(spec).apply({"w": torch.ones(5, 2)})
     with pytest.raises(ValueError, match="GroupNorm"):
         resnet_spec(ResNet(lambda channels: nn.GroupNorm(4, channels), blocks=1))
+
+
+def test_a_wrong_group_is_found_out():
+    torch.manual_seed(0)
+    model = mlp(7, 12, 12, 4)
+    spec = mlp_spec(model)
+    wrong = replace(spec, axes={**spec.axes, "2.weight": ("P.1", "P.1")})
+    with pytest.raises(ValueError, match="changes the outputs"):
+        check_permutation_spec(model, wrong, torch.randn(5, 7))
+
+
+def test_names_of_older_vit_files_are_known():
+    spec = spec_for(TRANSFORMERS["vit"]()[0])
+    old = "vit.encoder.layer.1.attention.attention.query.weight"
+    assert spec.axes_of(old) == spec.axes_of("vit.layers.1.attention.q_proj.weight") == ("A.1:q", "R")
+
+
+def test_a_configuration_alone_tells_the_specification():
+    model, _ = TRANSFORMERS["bert"]()
+    names = list(model.state_dict())
+    assert spec_for(model.config).restricted(names).axes == spec_for(model).restricted(names).axes
+
+
+def test_a_classifier_behind_a_flattening_takes_positions_together():
+    assert vgg_spec(vgg()).axes["8.weight"] == ("P.2", "P.1*16")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (tf.BloomConfig(), "ALiBi"),
+        (tf.T5Config(), "relative positions"),
+        (tf.MixtralConfig(), "router"),
+        (tf.ConvNextConfig(), "depthwise"),
+    ],
+)
+def test_families_without_such_symmetries_are_refused_by_name(config, reason):
+    with pytest.raises(ValueError, match=f"'{config.model_type}'.*{reason}"):
+        spec_for(config)
+
+
+def test_a_shortcut_that_pads_channels_is_refused():
+    model = ResNet(blocks=1)
+    model.layer2[0].shortcut = nn.Sequential()
+    with pytest.raises(ValueError, match="explicit 1x1 convolution"):
+        resnet_spec(model)
+
+
+def test_specifications_survive_json():
+    for spec in (spec_for(TRANSFORMERS["gpt2"]()[0]), spec_for(TRANSFORMERS["llama"]()[0]), vgg_spec(vgg())):
+        again = PermutationSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+        assert again.groups == spec.groups
+        assert {name: tuple(axes) for name, axes in again.axes.items()} == dict(spec.axes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..merging.data_driven.batches import batches, device_of, evaluating, model_inputs
 from ..merging.plan import matches
+from ..merging.tensors import all_finite
 from .problem import Problem, build_problem
 from .spec import Axis, PermutationSpec
 
@@ -35,7 +36,8 @@ def feature_problem(
         device (`torch.device`, *optional*): where to put the features.
 
     Raises:
-        `ValueError`: without data, for state dicts that cannot be run, or features that do not fit each other.
+        `ValueError`: without data, for state dicts that cannot be run, or features that do not fit each other or are
+            not finite.
     """
     if data is None:
         raise ValueError("method='activations' needs data: a DataLoader, or one mapping of features per model.")
@@ -48,6 +50,9 @@ def feature_problem(
         layers, states = _collect([models[index] for index in order], spec, data)
     else:
         layers, states = {axis: axis for axis in given[0]}, [dict(given[index]) for index in order]
+    for layer in sorted(layers):
+        if not all(all_finite(state[layer]) for state in states):
+            raise ValueError(f"Features '{layer}' have entries that are not finite; nothing was aligned.")
     names = {layer: f"layer{number}" for number, layer in enumerate(sorted(layers))}
     axes: dict[str, tuple[Axis, ...]] = {names[layer]: (None, axis) for layer, axis in layers.items()}
     features = PermutationSpec(spec.groups, axes)
