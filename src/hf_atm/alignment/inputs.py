@@ -60,12 +60,6 @@ def check_models(states: Sequence[Mapping[str, Any]], spec: PermutationSpec) -> 
         raise ValueError(
             f"The specification's patterns {listed(unused)} match no tensor; correct them, or name them in optional."
         )
-    for label, state in enumerate(states):
-        for name, tensor in state.items():
-            if isinstance(tensor, Tensor):
-                _check_tensor(name, tensor, f"model {label}")
-                if tensor.is_floating_point():
-                    spec.check_shape(name, tensor.shape)
     for name in body[0]:
         shapes = list(dict.fromkeys(tuple(state[name].shape) for state in states if isinstance(state[name], Tensor)))
         if len(shapes) > 1:
@@ -73,6 +67,12 @@ def check_models(states: Sequence[Mapping[str, Any]], spec: PermutationSpec) -> 
                 f"Tensor '{name}' has shapes {' and '.join(map(str, shapes))}; align models of one architecture, or "
                 "name heads in heads=[...]."
             )
+    for label, state in enumerate(states):
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor):
+                _check_tensor(name, tensor, f"model {label}")
+                if tensor.is_floating_point():
+                    spec.check_shape(name, tensor.shape)
     _check_ties(states, spec, [name for name in body[0] if isinstance(states[0][name], Tensor)])
     first = states[0]
     return [

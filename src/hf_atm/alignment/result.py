@@ -36,7 +36,8 @@ class Alignment:
         objective (`float`): sum over pairs of models of the inner products of matched tensors (or features).
         history (`Sequence[float]`): objective through iterations, after rounding, and through the polish.
         report (`Mapping[str, Any]`): the model whose frame the universe is (`reference`), and for Frank-Wolfe the chosen
-            `start`, its `iterations`, `gap` and whether it `converged`, and the objective of all `starts`.
+            `start` (`"mean"` for that of other runs' results), its `iterations`, `gap` and whether it `converged`, and the
+            objective of all `starts`.
         state_dicts (`Sequence[dict[str, Tensor]]`): the models in the universe; empty after [`~Alignment.load`].
         soft_maps (`Sequence[Mapping[str, np.ndarray]]`): the matrices before rounding, by model and index vector, if kept.
     """
