@@ -102,8 +102,8 @@ def best_run(
     for parents in (len(runs), 2):
         different = _different(sorted(runs, key=lambda run: -run.values[-1])[:parents])
         if len(different) > 1:
-            share = 1 / len(different)
-            run = Run("mean", Mixture(problem, [(share, vectors) for vectors in different]))
+            weight = 1 / len(different)
+            run = Run("mean", Mixture(problem, [(weight, vectors) for vectors in different]))
             run.climb(pool, max_iter, tol, _LATE)
             run.settle(pool, sweeps)
             runs.append(run)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy import lazy_names
 from .buffers import merge_buffers
 from .data_driven.adaptive import LearnedCoefficients, adamerging, learn_coefficients
 from .data_driven.fisher_statistics import collect_fisher
@@ -116,7 +116,4 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+__getattr__, __dir__ = lazy_names(globals(), _LAZY)
