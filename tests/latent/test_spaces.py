@@ -33,6 +33,11 @@ def test_a_set_survives_the_disk(tmp_path, ids):
     for field in ("embeddings", "labels", "own"):
         assert torch.equal(getattr(back, field), getattr(space, field))
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["set.safetensors"]
+    written = set()
+    for _ in range(9):
+        space.save(tmp_path / "again.safetensors")
+        written.add((tmp_path / "again.safetensors").read_bytes())
+    assert len(written) == 1
     make(ids, labels=None).save(tmp_path / "set.safetensors")
     assert EmbeddingSet.load(tmp_path / "set.safetensors").labels is None
 

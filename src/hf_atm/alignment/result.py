@@ -124,7 +124,8 @@ class Alignment:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f"{target.name}.tmp")
-        save_file(tensors, beside, metadata={"format": "pt", _FORMAT: json.dumps(facts)})
+        # One entry: safetensors writes several in another order in every process.
+        save_file(tensors, beside, metadata={_FORMAT: json.dumps(facts)})
         os.replace(beside, target)
 
     @classmethod

@@ -47,7 +47,8 @@ def write_tensors(path: str | os.PathLike, kind: str, fields: Mapping[str, Any])
         else:
             plain[name] = value
     beside = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, beside, metadata={_KIND: kind, "fields": json.dumps(plain)})
+    # One entry: safetensors writes several in another order in every process.
+    save_file(tensors, beside, metadata={_KIND: json.dumps({"kind": kind, "fields": plain})})
     os.replace(beside, path)
 
 
@@ -61,10 +62,11 @@ def read_tensors(path: str | os.PathLike, kind: str) -> dict[str, Any]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)!r} is no safetensors file: {error}") from error
-    found = metadata.get(_KIND)
+    header = json.loads(metadata.get(_KIND, "{}"))
+    found = header.get("kind")
     if found != kind:
         raise ValueError(f"{os.fspath(path)!r} holds {found or 'no latent space'}, not {kind}.")
-    fields: dict[str, Any] = json.loads(metadata["fields"])
+    fields: dict[str, Any] = header["fields"]
     for name, tensor in tensors.items():
         field, _, form = name.partition(".")
         if form == "text":
