@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--test-episodes", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("runs/atm_graphs"), help="default: %(default)s")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     names = ("rounds", "local_steps", "episodes_per_step", "learning_rate", "test_episodes")
     kept = Cells(options.output, {"encoder": ENCODER, **{name: getattr(options, name) for name in names}})
     width = max(load_graph_set(options.data / name, "degree").train.features.size for name in options.sets)

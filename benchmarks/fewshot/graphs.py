@@ -55,6 +55,7 @@ SETS: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "degrees": {},
     "node_statistics": {},
+    "node_statistics_walks": {},
     "untrained": {},
     "finetune": {},
     "matching": {"head": "matching", "scale": None},
@@ -64,9 +65,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "mixup_exact": {"mixup_weight": ..., "mixup_mask": "exact"},
     "both": {"conditioning": True, "mixup_weight": ...},
 }
+# The same on nodes that also know where random walks return: steps of which they know.
+WALKS = 8
+METHODS |= {f"{name}_walks": METHODS[name] for name in ("finetune", "prototypes", "conditioning", "mixup", "both")}
 
-# Sizes and degrees alone, and with what triangles is about: triangles and the spectrum, which counts them too.
-DESCRIPTORS: dict[str, dict[str, Any]] = {"degrees": {"eigenvalues": 0, "triangles": False}, "node_statistics": {}}
+# Sizes and degrees alone, with what triangles is about (triangles and the spectrum, which counts them too), and with walks.
+DESCRIPTORS: dict[str, dict[str, Any]] = {
+    "degrees": {"eigenvalues": 0, "triangles": False},
+    "node_statistics": {},
+    "node_statistics_walks": {"walk_length": WALKS},
+}
 
 
 def run_cell(name: str, method: str, seed: int, data: GraphSet, options: argparse.Namespace) -> dict[str, float]:
@@ -99,7 +107,7 @@ def run_cell(name: str, method: str, seed: int, data: GraphSet, options: argpars
             return {**result, "seconds": time.perf_counter() - started}
         with isolated_rng(derive_seed("encoder", seed)):
             encoder = GINEncoder(data.train.features.size, **spec["encoder"])
-        if method == "finetune":
+        if method.startswith("finetune"):
             result = finetune_baseline(
                 encoder, args, data.train, data.test, test_classes=data.novel, num_episodes=options.test_episodes
             )
@@ -132,8 +140,10 @@ def main() -> None:
     kept = Cells(options.output, budget)
     cells: dict[tuple[str, str], list[dict[str, float]]] = {}
     for name in options.sets:
-        data = load_graph_set(options.data / name)
+        plain = load_graph_set(options.data / name)
+        walks = load_graph_set(options.data / name, walk_length=WALKS)
         for method in options.methods:
+            data = walks if method.endswith("_walks") else plain
             for seed in options.seeds[:1] if method in DESCRIPTORS else options.seeds:
                 result = kept.result(
                     f"{name}-{method}-{seed}",

@@ -99,7 +99,7 @@ def test_a_graph_set_trains(config, tmp_path, capsys):
     write(folder, split={"train": [1], "test": [2, 3]}, train=(0,), test=(1, 2))
     path = config(
         model={"encoder": "gin", "hidden_size": 12},
-        data={"graphs": "letters"},
+        data={"graphs": "letters", "walk_length": 3},
         baselines=["node_statistics"],
         training={"k_shot": 1, "n_query": 1},
     )
@@ -110,6 +110,11 @@ def test_a_graph_set_trains(config, tmp_path, capsys):
     write(folder, split={"train": [1, 2], "test": [3, 4]}, train=(0, 1), test=(2, 3), names=("1", "2", "3", "4"))
     assert main(["fewshot", path, "--quiet"]) == 0
     assert "node statistics" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["encoder"]["in_features"] == 2 + 3
+    path = config(model={"encoder": "gin"}, data={"graphs": "letters", "walk_length": "long"})
+    assert main(["fewshot", path, "--quiet"]) == 2
+    assert "walk_length is 'long'; it must be a whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from hf_atm.fewshot import FewShotModel, FewShotTrainer, GINEncoder, GraphDataset, load_tu_dataset, split_graphs
+from hf_atm.fewshot import (
+    FewShotModel,
+    FewShotTrainer,
+    GINEncoder,
+    GraphDataset,
+    NodeFeatures,
+    load_tu_dataset,
+    node_statistics,
+    split_graphs,
+)
 
 from . import reference
 from .test_graphs import random_graphs
@@ -136,6 +145,37 @@ def test_a_torch_geometric_batch_is_taken_as_it_is():
         split_graphs(listed, [0, 1], [2], validation=1.0)
 
 
+def test_walks_return_as_powers_of_the_transition_matrix_say():
+    sizes, edges, labels, attributes = random_graphs(width=2)
+    data = GraphDataset(sizes, edges, labels, attributes, walk_length=4)
+    assert data.features == NodeFeatures("attributes", 6, 4)
+    for row in range(len(data)):
+        adjacency = np.zeros((sizes[row], sizes[row]))
+        adjacency[edges[row][0], edges[row][1]] = 1
+        transition = adjacency / np.maximum(adjacency.sum(1, keepdims=True), 1)
+        expected = [np.diag(np.linalg.matrix_power(transition, steps)) for steps in (1, 2, 3, 4)]
+        x = data.batch([row])["x"].numpy()
+        assert np.allclose(x[:, :2], attributes[row]) and np.allclose(x[:, 2:], np.stack(expected, 1), atol=1e-6)
+    # As wide as the features they were fitted with, whatever is asked for; batches differ in nothing.
+    other = GraphDataset(sizes[:3], edges[:3], labels[:3], attributes[:3], features=data.features)
+    assert torch.equal(other.graphs["x"], data.batch([0, 1, 2])["x"])
+    sums = node_statistics(data, walk_length=4)[:, -4:]
+    for row in range(len(data)):
+        assert np.allclose(sums[row], data.batch([row])["x"][:, 2:].sum(0), atol=1e-6)
+    with pytest.raises(ValueError, match="walk_length is -1; it must be a whole number, at least 0"):
+        GraphDataset(sizes, edges, labels, walk_length=-1)
+    with pytest.raises(ValueError, match="walk_length is 'long'"):
+        GraphDataset(sizes, edges, labels, walk_length="long")
+
+
+def test_walks_on_a_large_graph_are_the_same_and_silent(recwarn):
+    ring = np.arange(2001)
+    edges = np.stack([np.concatenate([ring, (ring + 1) % 2001]), np.concatenate([(ring + 1) % 2001, ring])])
+    walks = GraphDataset([2001], [edges], [0], features="degree", walk_length=4).graphs["x"][:, -4:]
+    assert torch.allclose(walks, torch.tensor([0, 1 / 2, 0, 3 / 8]).expand(2001, 4), atol=1e-6)
+    assert not [warning for warning in recwarn if "Sparse CSR" in str(warning.message)]
+
+
 def test_a_tu_dataset_is_split_by_class(monkeypatch, tmp_path):
     from torch_geometric import datasets
     from torch_geometric.data import Data
@@ -149,7 +189,10 @@ def test_a_tu_dataset_is_split_by_class(monkeypatch, tmp_path):
         ]
 
     monkeypatch.setattr(datasets, "TUDataset", download)
+    walks = load_tu_dataset("COIL-DEL", tmp_path, base=[0, 2], novel=[1], walk_length=3)
+    assert walks.train.features.walk_length == walks.test.features.walk_length == 3
     parts = load_tu_dataset("COIL-DEL", tmp_path, base=[0, 2], novel=[1])
+    assert walks.train.features.size == parts.train.features.size + 3
     assert (len(parts.train), len(parts.validation), len(parts.test)) == (16, 4, 10)
     assert parts.train.features.kind == "degree" and set(parts.validation.labels.tolist()) == {0, 2}
     with pytest.raises(ValueError, match="classes 1 are both base and novel"):

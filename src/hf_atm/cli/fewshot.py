@@ -33,8 +33,8 @@ RESULT_NAME = "few_shot.json"
 _TOP_KEYS = ("model", "data", "data_root", "training", "seeds", "test_episodes", "baselines")
 _GIN_KEYS = ("encoder", "hidden_size", "num_layers", "pooling", "dropout", "norm")
 _BACKBONE_KEYS = ("backbone", "pooling", "image")
-_GRAPH_KEYS = ("graphs", "features")
-_TU_KEYS = ("tu_dataset", "features", "base", "novel", "validation")
+_GRAPH_KEYS = ("graphs", "features", "walk_length")
+_TU_KEYS = ("tu_dataset", "features", "walk_length", "base", "novel", "validation")
 _BASELINES = ("untrained", "finetune", "node_statistics")
 
 
@@ -177,7 +177,7 @@ def few_shot_table(rows: Mapping[str, Mapping[int, Mapping[str, float]]], title:
 def _load(experiment: FewShotExperiment) -> _Data:
     spec = experiment.data
     if "graphs" in spec or "tu_dataset" in spec:
-        options = {key: spec[key] for key in ("features", "validation") if key in spec}
+        options = {key: spec[key] for key in ("features", "walk_length", "validation") if key in spec}
         if "graphs" in spec:
             graphs = load_graph_set(spec["graphs"], **options)
         else:
@@ -231,7 +231,8 @@ def _run(experiment: FewShotExperiment, data: _Data, args: FewShotConfig) -> dic
 
     if "node_statistics" in experiment.baselines:
         assert isinstance(data.test, GraphDataset)
-        rows["node statistics"] = probe_episodes(node_statistics(data.test), data.test.labels, *common)
+        statistics_of_nodes = node_statistics(data.test, walk_length=data.test.features.walk_length)
+        rows["node statistics"] = probe_episodes(statistics_of_nodes, data.test.labels, *common)
     if "finetune" in experiment.baselines:
         rows["fine-tuned classifier"] = finetune_baseline(
             encoder,

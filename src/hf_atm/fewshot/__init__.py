@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .model import FewShotModel, FewShotModelConfig, FewShotOutput
     from .settings import FewShotConfig
     from .trainer import FewShotTrainer
+    from .walks import return_probabilities
 
 
 _EXPORTS = {
@@ -60,6 +61,7 @@ _EXPORTS = {
     "node_statistics": "descriptors",
     "probe_episodes": "baselines",
     "prototype_logits": "heads",
+    "return_probabilities": "walks",
     "select_graphs": "graphs",
     "split_graphs": "graph_sets",
 }
@@ -100,6 +102,7 @@ __all__ = [
     "node_statistics",
     "probe_episodes",
     "prototype_logits",
+    "return_probabilities",
     "select_graphs",
     "split_graphs",
 ]

@@ -7,15 +7,16 @@ import scipy.sparse as sparse
 from scipy.sparse.linalg import eigsh
 
 from .graphs import GraphDataset
+from .walks import return_probabilities
 
 
 _DENSE = 512  # nodes up to which all eigenvalues are found at once
 
 
 def node_statistics(
-    dataset: GraphDataset, max_degree: int = 12, eigenvalues: int = 8, triangles: bool = True
+    dataset: GraphDataset, max_degree: int = 12, eigenvalues: int = 8, triangles: bool = True, walk_length: int = 0
 ) -> np.ndarray:
-    """Size, degrees, spectrum and triangles of every graph.
+    """Size, degrees, spectrum, triangles and returning walks of every graph.
 
     Args:
         dataset ([`GraphDataset`]): Undirected graphs, each edge in both directions.
@@ -24,13 +25,20 @@ def node_statistics(
             largest first; smaller graphs have zeros in place of those they lack. With 0, and without triangles, only
             sizes and degrees are left.
         triangles (`bool`, *optional*, defaults to `True`): Whether triangles are counted, and transitivity with them.
+        walk_length (`int`, *optional*, defaults to 0): With at least 1, the sum over nodes of that many
+            [`return_probabilities`] too; needs the extra `graphs`.
 
     Returns:
-        `np.ndarray`: fp64 `(graphs, 4 + max_degree + 1 + 2 * eigenvalues)`: nodes, edges, triangles, transitivity,
-        share of nodes by degree, and the eigenvalues; two columns fewer without triangles.
+        `np.ndarray`: fp64 `(graphs, 4 + max_degree + 1 + 2 * eigenvalues + walk_length)`: nodes, edges, triangles,
+        transitivity, share of nodes by degree, the eigenvalues and the walks; two columns fewer without triangles.
     """
     rows = range(len(dataset))
-    return np.stack([_statistics(_adjacency(dataset, row), max_degree, eigenvalues, triangles) for row in rows])
+    found = np.stack([_statistics(_adjacency(dataset, row), max_degree, eigenvalues, triangles) for row in rows])
+    if not walk_length:
+        return found
+    walks = return_probabilities(dataset.graphs, walk_length).double()
+    sums = walks.new_zeros(len(dataset), walk_length).index_add_(0, dataset.graphs["batch"], walks)
+    return np.concatenate([found, sums.numpy()], axis=1)
 
 
 def _adjacency(dataset: GraphDataset, row: int) -> sparse.csr_matrix:

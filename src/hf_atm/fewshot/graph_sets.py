@@ -39,7 +39,7 @@ class GraphSet:
     novel: list[int]
 
 
-def load_graph_set(folder: str | os.PathLike, features: str | NodeFeatures = "auto") -> GraphSet:
+def load_graph_set(folder: str | os.PathLike, features: str | NodeFeatures = "auto", walk_length: int = 0) -> GraphSet:
     """Reads `train.parquet`, `validation.parquet`, `test.parquet` and `classes_split.json` of a folder.
 
     Columns are `num_nodes`, `edge_index` (two lists, sources and targets), `label` and perhaps `x` (features of each
@@ -49,6 +49,7 @@ def load_graph_set(folder: str | os.PathLike, features: str | NodeFeatures = "au
         folder (`str` or `os.PathLike`): The folder.
         features (`str` or [`NodeFeatures`], *optional*, defaults to `"auto"`): A kind of [`NodeFeatures`], fitted on the
             training graphs, or those themselves, so that several sets share them.
+        walk_length (`int`, *optional*, defaults to 0): See [`GraphDataset`].
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -73,6 +74,7 @@ def load_graph_set(folder: str | os.PathLike, features: str | NodeFeatures = "au
             [np.stack(list(x)) for x in columns["x"]] if "x" in columns else None,
             features=kind,
             label_names=names,
+            walk_length=walk_length,
         )
         kind = parts["train"].features
     return _checked(GraphSet(**parts, base=base, novel=novel))
@@ -86,6 +88,7 @@ def load_tu_dataset(
     features: str = "auto",
     validation: float = 0.2,
     seed: int = 0,
+    walk_length: int = 0,
 ) -> GraphSet:
     """Downloads a set of https://chrsmrrs.github.io/datasets through torch_geometric and splits it.
 
@@ -96,6 +99,7 @@ def load_tu_dataset(
         features (`str`, *optional*, defaults to `"auto"`): See [`NodeFeatures`].
         validation (`float`, *optional*, defaults to 0.2): Share of each base class's graphs kept for validation.
         seed (`int`, *optional*, defaults to 0): Decides which.
+        walk_length (`int`, *optional*, defaults to 0): See [`GraphDataset`].
 
     Raises:
         ImportError: Without torch_geometric.
@@ -107,7 +111,7 @@ def load_tu_dataset(
     check_class_split(base, novel)
     # Attributes of nodes come in `x` only when asked for.
     graphs = list(TUDataset(str(root), name, use_node_attr=True))
-    return split_graphs(graphs, base, novel, features, validation, seed)
+    return split_graphs(graphs, base, novel, features, validation, seed, walk_length)
 
 
 def split_graphs(
@@ -117,12 +121,13 @@ def split_graphs(
     features: str = "auto",
     validation: float = 0.2,
     seed: int = 0,
+    walk_length: int = 0,
 ) -> GraphSet:
     """Splits graphs by class, and those of base classes into training and validation.
 
     Args:
         graphs (`Sequence[Data]`): torch_geometric's, each with `num_nodes`, `edge_index`, `y` and perhaps `x`.
-        base, novel, features, validation, seed: As in [`load_tu_dataset`].
+        base, novel, features, validation, seed, walk_length: As in [`load_tu_dataset`].
 
     Raises:
         ValueError: If base and novel classes overlap.
@@ -142,7 +147,8 @@ def split_graphs(
     parts: dict[str, GraphDataset] = {}
     kind: str | NodeFeatures = features
     for part, chosen in rows.items():
-        parts[part] = GraphDataset.from_data_list([graphs[row] for row in chosen], features=kind)
+        chosen_graphs = [graphs[row] for row in chosen]
+        parts[part] = GraphDataset.from_data_list(chosen_graphs, features=kind, walk_length=walk_length)
         kind = parts["train"].features
     return _checked(GraphSet(**parts, base=sorted(base), novel=sorted(novel)))
 

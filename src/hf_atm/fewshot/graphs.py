@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .walks import return_probabilities
+
 
 #: Graphs side by side, as torch_geometric's `Batch` has them: `x` `(nodes, features)`, `edge_index` `(2, edges)`,
 #: `batch` `(nodes,)`, `ptr` `(graphs + 1,)`, and `edge_ptr` `(graphs + 1,)`, where each graph's edges begin.
@@ -53,19 +55,25 @@ class NodeFeatures:
     Args:
         kind (`str`): `"attributes"` (the column `x`), `"degree"` (one-hot, capped at the training maximum) or
             `"log_degree"` (one-hot of the binary logarithm, likewise).
-        size (`int`): Features per node.
+        size (`int`): Features per node, those of walks among them.
+        walk_length (`int`, *optional*, defaults to 0): With at least 1, that many [`return_probabilities`] beside
+            them.
     """
 
     kind: str
     size: int
+    walk_length: int = 0
 
     @classmethod
-    def fit(cls, kind: str, degrees: np.ndarray, attributes: np.ndarray | None) -> NodeFeatures:
+    def fit(cls, kind: str, degrees: np.ndarray, attributes: np.ndarray | None, walk_length: int = 0) -> NodeFeatures:
         """The features of training graphs; `"auto"` takes attributes where there are some, else degrees.
 
         Raises:
-            ValueError: If the kind is unknown, or attributes are asked for and there are none.
+            ValueError: If the kind is unknown, attributes are asked for and there are none, or `walk_length` is no
+                number of steps.
         """
+        if not isinstance(walk_length, int) or walk_length < 0:
+            raise ValueError(f"walk_length is {walk_length!r}; it must be a whole number, at least 0.")
         if kind == "auto":
             many = len(degrees) and degrees.max() > 100
             kind = "attributes" if attributes is not None else "log_degree" if many else "degree"
@@ -74,17 +82,21 @@ class NodeFeatures:
         if kind == "attributes":
             if attributes is None:
                 raise ValueError("features='attributes' need a column x, and these graphs have none; use 'degree'.")
-            return cls(kind, attributes.shape[1])
-        return cls(kind, int(_bins(kind, degrees).max()) + 1)
+            return cls(kind, attributes.shape[1] + walk_length, walk_length)
+        return cls(kind, int(_bins(kind, degrees).max()) + 1 + walk_length, walk_length)
 
-    def __call__(self, degrees: np.ndarray, attributes: np.ndarray | None) -> torch.Tensor:
+    def __call__(self, graphs: Graphs, degrees: np.ndarray, attributes: np.ndarray | None) -> torch.Tensor:
         """Features of nodes, fp32 `(nodes, size)`."""
+        own = self._own(self.size - self.walk_length, degrees, attributes)
+        return torch.cat([own, return_probabilities(graphs, self.walk_length)], 1) if self.walk_length else own
+
+    def _own(self, size: int, degrees: np.ndarray, attributes: np.ndarray | None) -> torch.Tensor:
         if self.kind == "attributes":
             width = 0 if attributes is None else attributes.shape[1]
-            if attributes is None or width != self.size:
-                raise ValueError(f"these graphs have {width} features per node, and the training graphs {self.size}.")
+            if attributes is None or width != size:
+                raise ValueError(f"these graphs have {width} features per node, and the training graphs {size}.")
             return torch.from_numpy(attributes.astype(np.float32))
-        return torch.from_numpy(np.eye(self.size, dtype=np.float32)[_bins(self.kind, degrees).clip(max=self.size - 1)])
+        return torch.from_numpy(np.eye(size, dtype=np.float32)[_bins(self.kind, degrees).clip(max=size - 1)])
 
 
 def _bins(kind: str, degrees: np.ndarray) -> np.ndarray:
@@ -102,6 +114,9 @@ class GraphDataset(Dataset):
         attributes (`Sequence[np.ndarray]`, *optional*): Each graph's node features, `(nodes, features)`.
         features (`str` or [`NodeFeatures`], *optional*, defaults to `"auto"`): What a node is described by, see
             [`NodeFeatures`]; pass the training set's `features` to the other sets.
+        walk_length (`int`, *optional*, defaults to 0): With at least 1, each node also has the probabilities that a
+            random walk returns to it within so many steps, which tell triangles and other cycles; see
+            [`return_probabilities`]. Needs the extra `graphs`. [`NodeFeatures`] bring their own.
         label_names (`Sequence[str]`, *optional*): Names of all classes, by label.
 
     Raises:
@@ -116,6 +131,7 @@ class GraphDataset(Dataset):
         attributes: Sequence[np.ndarray] | None = None,
         features: str | NodeFeatures = "auto",
         label_names: Sequence[str] | None = None,
+        walk_length: int = 0,
     ) -> None:
         sizes = np.asarray(num_nodes, dtype=np.int64)
         if not len(sizes) == len(edges) == len(labels):
@@ -136,16 +152,16 @@ class GraphDataset(Dataset):
         joined = np.concatenate([edge + start for edge, start in zip(arrays, ptr[:-1], strict=True)], axis=1)
         degrees = np.bincount(joined[1], minlength=ptr[-1])
         stacked = None if attributes is None else _stack(attributes, sizes)
-        self.features = (
-            features if isinstance(features, NodeFeatures) else NodeFeatures.fit(features, degrees, stacked)
-        )
-        self.graphs: Graphs = {
-            "x": self.features(degrees, stacked),
+        if not isinstance(features, NodeFeatures):
+            features = NodeFeatures.fit(features, degrees, stacked, walk_length)
+        self.features = features
+        structure = {
             "edge_index": torch.from_numpy(joined),
             "batch": torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
             "ptr": torch.from_numpy(ptr),
             "edge_ptr": torch.from_numpy(edge_ptr),
         }
+        self.graphs: Graphs = {"x": features(structure, degrees, stacked), **structure}
 
     def __len__(self) -> int:
         return len(self.labels)
