@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from .fewshot.collating import EpisodeCollator, collate_rows
 from .fewshot.episodes import Episode, EpisodeSampler, labels_of
 from .parameters import base_model
-from .prototypical import PrototypicalTaskHead
+from .prototypical import PooledPrototypicalHead, PrototypicalTaskHead
 from .seeding import derive_seed, isolated_rng
 
 
@@ -55,6 +55,21 @@ class EpisodicDataset(Dataset):
 
     def __getitem__(self, index: int) -> TaskEpisode:
         return TaskEpisode(self.dataset, self.sampler.draw(int(torch.randint(2**62, ()))))
+
+
+def check_episodes(task: str, spec: Mapping[str, Any], dataset: Any) -> None:
+    """Refuse data that do not suffice for a task's episodes, if it has any.
+
+    Args:
+        task (`str`): The task, named in errors.
+        spec (`Mapping[str, Any]`): Its entry, from [`normalize_task`].
+        dataset (`Sequence`): Its training data.
+
+    Raises:
+        ValueError: As of [`EpisodicDataset`].
+    """
+    if spec.get("head") == "prototypical":
+        EpisodicDataset(dataset, PooledPrototypicalHead("mean", 1, dict(spec)), task)
 
 
 def collate_episodes(drawn: Sequence[TaskEpisode], item_collator: Callable) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from hf_atm import MultiTaskModel
+from hf_atm import MultiTaskModel, PrototypicalTaskHead
 from hf_atm.cli.main import main
 
 from .conftest import training
@@ -67,6 +67,39 @@ def test_all_examples_replayed_in_one_stage_is_plain_atm(scheduled, config, tmp_
     assert main(["train", str(path)]) == 0
     plain = load_file(tmp_path / "plain" / "model.safetensors")
     assert all(torch.equal(staged[name], plain[name]) for name in plain)
+
+
+def test_prototypes_come_from_training_data_and_follow_the_weights(config, tmp_path, monkeypatch, capsys):
+    tasks = {**TASKS, "tone": {**TASKS["tone"], "head": "prototypical", "k_shot": 2, "n_query": 2}}
+
+    def scheduled(replay, ewc=0.0, **changes):
+        return config(
+            tasks={**tasks, "tone": {**tasks["tone"], **changes}},
+            schedule=SCHEDULE,
+            continual={"replay": replay, "ewc": ewc, "fisher_examples": 4},
+            training=training(tmp_path, num_rounds=2, local_steps=2),
+        )
+
+    fails(
+        ["train", scheduled(0.1)],
+        capsys,
+        "replay=0.1 keeps too few examples, raise it: Task 'tone' has a prototypical head",
+    )
+    fails(["train", scheduled(0.5, k_shot=40)], capsys, "Task 'tone' has a prototypical head")
+    assert not (tmp_path / "run").exists()
+    fitted = []
+    plain = PrototypicalTaskHead.fit
+    monkeypatch.setattr(
+        PrototypicalTaskHead,
+        "fit",
+        lambda head, features, labels: fitted.append(len(features)) or plain(head, features, labels),
+    )
+    assert main(["train", str(scheduled(0.5, ewc=1.0))]) == 0
+    # Of 32 training examples, of which 16 are replayed; never of the 8 that it is scored on.
+    assert set(fitted) == {32, 16}
+    first, last = (MultiTaskModel.from_pretrained(tmp_path / "run" / f"stage-{k}").heads["tone"] for k in (1, 2))
+    assert first.fitted and last.fitted and not torch.equal(first.prototypes, last.prototypes)
+    assert 0 <= result(tmp_path)["stages"][1]["test"]["tone"] <= 1
 
 
 def test_without_replay_earlier_heads_rest(scheduled, tmp_path):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from .. import ATMTrainer, MultiTaskModel
 from ..checkpoint import write_json
-from ..loop import ATMLoop
 from ..modeling import MultiTaskConfig
+from ..scoring import Scorer
 from .console import calm_libraries, score_table
 from .experiment import Experiment, read_experiment
 from .progress import calm_trainer
@@ -221,7 +221,7 @@ def _evaluate(
     if isinstance(model, MultiTaskModel) or "causal_lm" in experiment.model:
         keep_heads(model, data)
         args = ATMConfig(local_steps=1, dataloader_drop_last=False, **settings)
-        trainer: Any = _Scorer(
+        trainer: Any = Scorer(
             model, args, train_dataset=data, eval_dataset=data, processing_class=bench.processing_class, **kwargs
         )
         calm_trainer(trainer)
@@ -240,17 +240,6 @@ def _evaluate(
     metrics = trainer.evaluate(data[task], metric_key_prefix=f"{split}_{task}")
     first = (bench.tasks[task].spec.metrics or [])[0]
     return metrics, {task: metrics[f"{split}_{task}_{first}"]}, {task: first}
-
-
-class _ScoringLoop(ATMLoop):
-    """The model is taken as it is: what it is scored on, given as training data, must not become prototypes."""
-
-    def _as_read(self, datasets: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(sorted(datasets.items()))
-
-
-class _Scorer(ATMTrainer):
-    loop_class = _ScoringLoop
 
 
 def resume_value(value: str | bool | None) -> str | bool | None:

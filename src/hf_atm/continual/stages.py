@@ -13,7 +13,9 @@ from typing import Any
 
 from ..checkpoint import write_json
 from ..data import head_step_counts, segment_length
+from ..episodic import check_episodes
 from ..identity import claim, require_one_process, settings_of, sizes_of
+from ..multi_task_config import normalize_task
 from ..outer import task_weights
 from .replay import check_replay
 from .settings import ContinualSettings, check_stages
@@ -149,10 +151,18 @@ def _check(suite: ContinualSuite, order: list[list[str]], settings: ContinualSet
             "Stages with an adapter need method 'atm' without ewc, and lora_merge_mode='delta', so that each stage ends "
             "with whole weights."
         )
+    specs = {task: normalize_task(task, dict(spec)) for task, spec in suite.heads.items()}
+    for task, spec in specs.items():
+        check_episodes(task, spec, suite.train[task])
     weights = task_weights(args.task_weights or "uniform", {task: len(data) for task, data in suite.train.items()})
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     for index, new in enumerate(order):
-        train, _ = stage_data(suite, settings, [task for tasks in order[:index] for task in tasks], new)
+        train, replayed = stage_data(suite, settings, [task for tasks in order[:index] for task in tasks], new)
+        for task in replayed:
+            try:
+                check_episodes(task, specs.get(task, {}), train[task])
+            except ValueError as error:
+                raise ValueError(f"replay={settings.replay} keeps too few examples, raise it: {error}") from None
         if not any(weights[task] for task in train):
             raise ValueError(f"All tasks of stage {index + 1} ({', '.join(train)}) have weight zero in task_weights.")
         lengths = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import ATMConfig
+from ..scoring import Scorer
 from ..trainer import ATMTrainer
 
 
@@ -39,18 +40,18 @@ class ContinualSuite:
     prepare: Callable[[ATMTrainer], None] = lambda trainer: None
 
     def trainer(
-        self, model: Any, tasks: Sequence[str], train: Mapping[str, Any], args: ATMConfig, adapt: bool = True
+        self, model: Any, tasks: Sequence[str], train: Mapping[str, Any], args: ATMConfig, score: bool = False
     ) -> ATMTrainer:
-        """A trainer over some of the tasks, with the suite's adapter unless `adapt` is `False`."""
+        """A trainer over some of the tasks, with the suite's adapter; or one that scores the model as it is."""
         kwargs = dict(self.trainer_kwargs)
-        if not adapt:
+        if score:
             kwargs.pop("peft_config", None)
         if isinstance(args.task_weights, Mapping):
             args = with_changes(args, task_weights={task: args.task_weights[task] for task in tasks})
         for name, value in kwargs.items():
             if name in ("compute_metrics", "data_collator") and isinstance(value, Mapping):
                 kwargs[name] = {task: value[task] for task in tasks}
-        trainer = ATMTrainer(
+        trainer = (Scorer if score else ATMTrainer)(
             model,
             args,
             train_dataset={task: train[task] for task in tasks},
@@ -77,7 +78,7 @@ class ContinualSuite:
             "outer_learning_rate": 1.0,
         }
         args = with_changes(self.args, output_dir=run_dir, **neutral)
-        scorer = self.trainer(model, tasks, self.validation, args, adapt=False)
+        scorer = self.trainer(model, tasks, self.validation, args, score=True)
         validation = scorer.quiet_scores({task: self.validation[task] for task in tasks})
         test = scorer.quiet_scores({task: self.test[task] for task in tasks if task in self.test})
         return {task: validation[task] for task in tasks}, {task: test[task] for task in tasks if task in test}
