@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -57,6 +59,21 @@ def test_every_stage_leaves_a_model_of_all_tasks_so_far(scheduled, tmp_path, cap
     assert set(first.heads) == {"tone"} and set(last.heads) == set(TASKS)
     assert (tmp_path / "run" / "stage-2" / "tasks" / "again" / "config.json").is_file()
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    card = ModelCard.load(tmp_path / "run" / "stage-2" / "README.md")
+    assert "continual-learning" in card.data.tags and "base_model" not in card.data.to_dict()
+    assert "3 tasks, which arrived in 2 stages: tone, likeness, again" in card.text
+    score = facts["stages"][0]["validation"]["tone"]
+    assert (
+        f"| stage 1 (+ tone) | {score:.3f} |  |  |" in card.text
+        and "Replayed in the last stage: 8 of tone" in card.text
+    )
+    assert f"backward {facts['transfer']['validation']['backward']:+.3f}" in card.text
+    assert str(tmp_path) not in card.content and "2411.03055" in card.content
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
+    exec(code.replace("run-stage-2", str(tmp_path / "run" / "stage-2")), {})
+    assert main(["push", str(tmp_path / "run" / "stage-2"), "lab/x", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "README.md" in shown and "no model card" not in shown
 
 
 def test_all_examples_replayed_in_one_stage_is_plain_atm(scheduled, config, tmp_path):
@@ -178,6 +195,7 @@ def test_language_models_and_adapters(scheduled, decoder, tmp_path):
         ),
         ({"settings": {"full_batch": True, "local_steps": None}}, "full_batch needs data sets of equal size"),
         ({"schedule": [{"a": "b"}]}, "stage 1 of schedule must be a task's name or a list"),
+        ({"settings": {"push_to_hub": True}}, "push_to_hub uploads what one run left"),
         ({"continual": {"replay": 33}}, "replay=33 is more than the 32 examples of task"),
     ],
 )

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..episodic import check_episodes
 from ..identity import claim, require_one_process, settings_of, sizes_of
 from ..multi_task_config import normalize_task
 from ..outer import task_weights
+from .card import write_stage_card
 from .replay import check_replay
 from .settings import ContinualSettings, check_stages
 from .stage_runs import atm_stage, opcm_stage, reference_scores, stage_data
@@ -66,7 +67,7 @@ def run_stages(
     settings: ContinualSettings | None = None,
     report: Callable[[int, Stage], None] = lambda index, stage: None,
 ) -> ContinualRun:
-    """Tasks arrive stage by stage; each stage ends with a model in `output_dir/stage-<k>` that knows all so far.
+    """Tasks arrive stage by stage; each ends with a model and its card in `output_dir/stage-<k>` that knows all so far.
 
     Finished stages are not repeated. An interrupted one goes on from its last checkpoint where `save_strategy` makes
     any; one of OPCM begins anew.
@@ -99,7 +100,8 @@ def run_stages(
         for name, tensor in suite.model.state_dict().items()
         if not name.startswith(("heads.", "task_specific."))
     }
-    model, done = suite.model, []
+    model = suite.model
+    done: list[Stage] = []
     for index, (new, folder) in enumerate(zip(order, folders, strict=True)):
         earlier = [task for tasks in order[:index] for task in tasks]
         if not (folder / STAGE_NAME).is_file():
@@ -115,20 +117,30 @@ def run_stages(
             saved = type(suite.model).from_pretrained(folder)
             scores = suite.score(saved, [*earlier, *new], str(folder / "run"))
             _, replayed = stage_data(suite, settings, earlier, new)
-            write_json(folder / STAGE_NAME, dataclasses.asdict(Stage(new, replayed, *scores, rounds, stored)))
+            stage = Stage(new, replayed, *scores, rounds, stored)
+            write_stage_card(folder, suite, settings, [*done, stage], _figures([*done, stage], order))
+            write_json(folder / STAGE_NAME, dataclasses.asdict(stage))
             shutil.rmtree(folder / "run", ignore_errors=True)
         stage = Stage(**json.loads((folder / STAGE_NAME).read_text(encoding="utf-8")))
         done.append(stage)
         report(index, stage)
     references = _references(suite, order, pristine, output) if settings.references else {}
-    figures = {
-        part: transfer([getattr(stage, part) for stage in done], order, references.get(part))
-        for part in ("validation", "test")
-        if getattr(done[-1], part)
-    }
-    result = ContinualRun(done, figures, references)
+    result = ContinualRun(done, _figures(done, order, references), references)
     write_json(output / REPORT_NAME, result.to_dict())
     return result
+
+
+def _figures(
+    stages: Sequence[Stage],
+    order: Sequence[Sequence[str]],
+    references: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Transfer]:
+    """Average and transfer after these stages, by split."""
+    return {
+        part: transfer([getattr(stage, part) for stage in stages], order, (references or {}).get(part))
+        for part in ("validation", "test")
+        if getattr(stages[-1], part)
+    }
 
 
 def _check(suite: ContinualSuite, order: list[list[str]], settings: ContinualSettings) -> None:
@@ -141,6 +153,11 @@ def _check(suite: ContinualSuite, order: list[list[str]], settings: ContinualSet
         raise ValueError(f"task {missing[0]!r} has no validation data, by which stages are judged.")
     if suite.trainer_kwargs.get("compute_metrics") is None:
         raise ValueError("A schedule needs compute_metrics, whose first metric is a task's score.")
+    if args.push_to_hub:
+        raise ValueError(
+            "push_to_hub uploads what one run left, and a schedule leaves a model per stage; leave it out, and upload a "
+            "finished stage with hf-atm push."
+        )
     if args.full_batch:
         raise ValueError(
             "full_batch needs data sets of equal size, which a schedule with replay has not; turn it off."
