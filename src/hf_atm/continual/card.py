@@ -48,7 +48,8 @@ def write_stage_card(
         "(https://huggingface.co/papers/2501.09522), without earlier data"
     )
     steps = f"{args.local_steps} steps" if args.local_steps is not None else f"{args.local_epochs:g} epochs"
-    kept = f", replay {settings.replay:g}, elastic weight consolidation {settings.ewc:g}" if atm else ""
+    kept = f", replay {settings.replay:g}" if atm else ""
+    kept += f", elastic weight consolidation {settings.ewc:g}" if settings.ewc else ""
     parts = [
         f"---\n{_metadata(suite, tasks, facts).to_yaml()}\n---",
         card_mark(name),
@@ -106,8 +107,11 @@ def _scores(stages: list[Stage], tasks: list[str]) -> str:
 
 
 def _figures(part: str, figures: Transfer) -> str:
-    known = {name.replace("_", " "): value for name, value in figures.to_dict().items() if value is not None}
-    return f"{part.capitalize()}: " + ", ".join(f"{name} {value:+.3f}" for name, value in known.items()) + "."
+    known = [f"average {figures.average:.3f}"]
+    for name in ("backward", "forgetting", "forward"):
+        value = getattr(figures, name)
+        known += [] if value is None else [f"{name} {value:+.3f}"]
+    return f"{part.capitalize()}: {', '.join(known)}."
 
 
 def _replayed(stage: Stage) -> str:
