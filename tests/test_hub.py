@@ -74,6 +74,23 @@ def test_the_cards_code_loads_from_the_repository(hub, folder):
     assert hub.repositories["lab/own"].branches["main"]["README.md"] == b'load("run")'
 
 
+def test_the_record_of_a_merge_names_no_folder_of_this_machine(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tuned" / "one").mkdir(parents=True)
+    recipe = {"base_model": "google-bert/bert-base-uncased", "models": [{"model": str(tmp_path / "a"), "weight": 1.5}]}
+    record = {
+        "recipe": recipe,
+        "inputs": {"one": {"model": "tuned/one"}, "two": {"model": "./b/two", "revision": None}},
+        "notes": ["a ratio of 1/2 was kept"],
+    }
+    (folder / "merge_config.json").write_text(json.dumps(record))
+    push(folder, "lab/merged")
+    pushed = json.loads(hub.repositories["lab/merged"].branches["main"]["merge_config.json"])
+    assert pushed["recipe"] == {**recipe, "models": [{"model": "a", "weight": 1.5}]}
+    assert pushed["inputs"] == {"one": {"model": "one"}, "two": {"model": "two", "revision": None}}
+    assert pushed["notes"] == record["notes"] and json.loads((folder / "merge_config.json").read_text()) == record
+
+
 def test_public_on_request_and_a_branch_of_its_own(hub, folder):
     push(folder, "me/open", private=False, revision="round-3", commit_message="Three rounds")
     repository = hub.repositories["me/open"]

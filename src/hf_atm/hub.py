@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 LEFT_OUT = (".*", "*.tmp", "*.incomplete", "training_args.bin")
 # What a run keeps to itself lies at its top; further down, a task may have such a name.
 LEFT_OUT_AT_TOP = ("checkpoint-*", "_*")
+MERGE_RECORD = "merge_config.json"
 _MODELS = ("config.json", "adapter_config.json", "*.safetensors")
 ATTEMPTS = 3
 _CARD_MARK = re.compile(r'<!-- Written by hf-atm for "([^"\n]+)"')
@@ -122,8 +124,8 @@ def push(
     """
     Uploads a finished folder to the Hub in one commit. Nothing in the folder is changed.
 
-    A card that hf-atm wrote says in the repository that its code loads from there, whatever it says in the folder. The
-    commit is made whole or not at all; errors that may pass (network, limits, faults of the server) are retried.
+    A card that hf-atm wrote says in the repository that its code loads from there, whatever it says in the folder, and
+    the record of a merge names folders of this machine by their last name alone. The commit is made whole or not at all; errors that may pass (network, limits, faults of the server) are retried.
 
     Args:
         folder (`str` or `PathLike`): the folder.
@@ -169,13 +171,40 @@ def push(
         ) from error
 
 
+def on_hub(source: str | None) -> bool:
+    """Whether a model's name is a Hub id rather than a folder."""
+    return (
+        source is not None
+        and source.count("/") == 1
+        and not source.startswith((".", "/", "~"))
+        and not os.path.exists(source)
+    )
+
+
+def public_name(source: str) -> str:
+    """A Hub id as it is, and the last name of a folder: the rest of its path is nobody's business."""
+    return source if on_hub(source) else Path(source).name
+
+
 def _content(path: Path, repo_id: str) -> str | bytes:
-    """A file's path, or the text of our own card with its code loading from the repository."""
-    if path.name != "README.md":
-        return str(path)
-    text = path.read_text(encoding="utf-8")
-    loads = written_by_hf_atm(text)
-    return str(path) if loads is None else text.replace(f'"{loads}"', f'"{repo_id}"').encode()
+    """A file's path, or what the repository says instead: our card's code loads from there, folders are last names."""
+    if path.name == "README.md":
+        text = path.read_text(encoding="utf-8")
+        loads = written_by_hf_atm(text)
+        return str(path) if loads is None else text.replace(f'"{loads}"', f'"{repo_id}"').encode()
+    if path.name == MERGE_RECORD:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return (json.dumps(_without_folders(record), indent=2) + "\n").encode()
+    return str(path)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_folders(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    is_folder = isinstance(value, str) and (value.startswith((".", "/", "~")) or os.path.exists(value))
+    return public_name(value) if is_folder else value
 
 
 def _retried(call: Callable[[], _T]) -> _T:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
 
 from ..card_parts import auto_class, citations, code_block, table
-from ..hub import card_mark
+from ..hub import card_mark, on_hub, public_name
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def merge_card(facts: MergeFacts) -> str:
         facts ([`MergeFacts`]): what to say.
     """
     kind = "LoRA adapters" if facts.is_adapter else "models"
-    base = f", tuned from `{_public(facts.base)}`" if facts.base else ""
+    base = f", tuned from `{public_name(facts.base)}`" if facts.base else ""
     parts = [
         f"---\n{_metadata(facts).to_yaml()}\n---",
         card_mark(facts.name),
@@ -123,7 +121,7 @@ def _usage(facts: MergeFacts) -> str:
 def _inputs(facts: MergeFacts) -> str:
     digests = any(model.digest for model in facts.inputs)
     rows = [
-        [f"`{_public(model.source)}`", f"{model.weight:g}", *([f"`{model.digest}`"] if digests else [])]
+        [f"`{public_name(model.source)}`", f"{model.weight:g}", *([f"`{model.digest}`"] if digests else [])]
         for model in facts.inputs
     ]
     return table(["model", "weight", *([facts.digest] if digests else [])], rows)
@@ -131,10 +129,10 @@ def _inputs(facts: MergeFacts) -> str:
 
 def _alignment(facts: MergeFacts) -> str:
     found = facts.alignment
-    moved = ", ".join(f"`{_public(name)}` {count}" for name, count in found["moved"].items())
+    moved = ", ".join(f"`{public_name(name)}` {count}" for name, count in found["moved"].items())
     return (
         f"Before the merge, `{found['method']}` brought the units of all models into the order of "
-        f"`{_public(found['frame'])}`, which changes none of them as a function: the inner products of their weights, "
+        f"`{public_name(found['frame'])}`, which changes none of them as a function: the inner products of their weights, "
         f"summed over pairs of models, rose from {found['objective_before']:.4g} to {found['objective_after']:.4g}. Of "
         f"{found['units']} units moved: {moved}."
     )
@@ -143,26 +141,12 @@ def _alignment(facts: MergeFacts) -> str:
 def _recipe(facts: MergeFacts) -> str:
     recipe: dict[str, Any] = {"merge_method": facts.method}
     if facts.base and not facts.is_adapter:
-        recipe["base_model"] = _public(facts.base)
+        recipe["base_model"] = public_name(facts.base)
     recipe["models"] = [
-        {"model": _public(model.source), "parameters": {"weight": model.weight}} for model in facts.inputs
+        {"model": public_name(model.source), "parameters": {"weight": model.weight}} for model in facts.inputs
     ]
     if facts.alignment:
         recipe["align"] = facts.alignment["recipe"]
     if facts.parameters:
         recipe["parameters"] = json.loads(json.dumps(facts.parameters, default=str))
     return yaml.safe_dump(recipe, sort_keys=False, width=100).rstrip()
-
-
-def on_hub(source: str | None) -> bool:
-    """Whether a model's name is a Hub id rather than a folder."""
-    return (
-        source is not None
-        and source.count("/") == 1
-        and not source.startswith((".", "/", "~"))
-        and not os.path.exists(source)
-    )
-
-
-def _public(source: str) -> str:
-    return source if on_hub(source) else Path(source).name
