@@ -97,6 +97,35 @@ def test_masked_tokens_do_not_count():
     assert not torch.allclose(first.get_submodule(layer).weight, averaged(ends).get_submodule(layer).weight, atol=1e-3)
 
 
+def test_a_text_as_long_as_the_layers_are_wide():
+    config = BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=2
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    mask = torch.ones(4, 8, dtype=torch.long)
+    mask[0, 5:] = 0
+    data = [{"input_ids": torch.randint(16, (4, 8)), "attention_mask": mask}]
+    repaired = repair(model, [model], data)
+    with torch.no_grad():
+        assert torch.allclose(repaired(**data[0]).logits, model(**data[0]).logits, atol=1e-5)
+
+
+def test_a_layer_that_runs_twice_is_measured_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.outer(self.inner(self.inner(x).relu()))
+
+    torch.manual_seed(0)
+    model, data = Twice(), [torch.randn(50, 6)]
+    repaired = repair(model, [model, model], data)
+    assert torch.allclose(repaired(data[0]), model(data[0]), atol=1e-5)
+
+
 def test_barriers():
     torch.manual_seed(0)
     a = nn.Linear(2, 1)

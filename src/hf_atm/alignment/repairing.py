@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..merging.data_driven.batches import batches, device_of, evaluating, model_inputs
 from ..merging.data_driven.recalibration import RunningMoments, recalibrate_batch_norm
 from ..merging.tensors import listed
+from .features import unpadded
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -87,10 +89,10 @@ def repair(
     ):
         return recalibrate_batch_norm(model, data, inputs=inputs, disable_tqdm=True)
     with torch.no_grad():
-        names = _in_order(model, data, inputs, layers)
+        names, repeated = _in_order(model, data, inputs, layers)
         targets = _targets(model, endpoints, data, inputs, names, target)
         for name in names:
-            moments = _measure(model, data, inputs, [name], stop=True)[name]
+            moments = _measure(model, data, inputs, [name], stop=name not in repeated)[name]
             _correct(model.get_submodule(name), moments, *targets[name])
     return model
 
@@ -118,8 +120,10 @@ def _check(
             )
 
 
-def _in_order(model: nn.Module, data: Iterable, inputs: Any, layers: Sequence[str] | None) -> list[str]:
-    """The layers to correct, as they run."""
+def _in_order(
+    model: nn.Module, data: Iterable, inputs: Any, layers: Sequence[str] | None
+) -> tuple[list[str], set[str]]:
+    """The layers to correct, as they run, and those that run more than once in a pass."""
     ran: list[str] = []
     handles = [
         module.register_forward_hook(lambda module, args, output, name=name: ran.append(name))
@@ -134,13 +138,13 @@ def _in_order(model: nn.Module, data: Iterable, inputs: Any, layers: Sequence[st
     finally:
         for handle in handles:
             handle.remove()
-    order = list(dict.fromkeys(ran))
+    order, repeated = list(dict.fromkeys(ran)), {name for name, count in Counter(ran).items() if count > 1}
     if layers is None:
-        return order[:-1]
+        return [name for name in order if name != ran[-1]], repeated
     idle = sorted(set(layers) - set(order))
     if idle:
         raise ValueError(f"The layers {listed(idle)} do not run on these data; leave them out.")
-    return [name for name in order if name in set(layers)]
+    return [name for name in order if name in set(layers)], repeated
 
 
 def _targets(
@@ -166,15 +170,14 @@ def _measure(
 ) -> dict[str, RunningMoments]:
     """Moments of the outputs of some layers, per unit."""
     found = {name: RunningMoments() for name in names}
-    mask: list[Tensor | None] = [None]
+    given: dict[str, Any] = {}
 
     def observe(name: str, module: nn.Module, output: Tensor) -> None:
         rows = output.detach()
         if isinstance(module, _CONVOLUTIONS):
-            rows = rows.transpose(0, 1).flatten(1).T
-        elif mask[0] is not None and rows.shape[:2] == mask[0].shape:
-            rows = rows[mask[0].bool()]
-        found[name].add(rows.reshape(-1, rows.shape[-1]))
+            found[name].add(rows.transpose(0, 1).flatten(1).T)
+        else:
+            found[name].add(unpadded(rows, given))
         if stop:
             raise _Seen
 
@@ -188,7 +191,8 @@ def _measure(
         with evaluating(model):
             for batch, _ in batches(data, None, device_of(model)):
                 args, kwargs = model_inputs(batch, inputs)
-                mask[0] = kwargs.get("attention_mask")
+                given.clear()
+                given.update(kwargs)
                 try:
                     model(*args, **kwargs)
                 except _Seen:
