@@ -75,6 +75,26 @@ def test_an_interrupted_refinement_goes_on(tmp_path):
     assert largest_difference(parameters_of(whole.model), parameters_of(again.model)) == 0.0
 
 
+@pytest.mark.parametrize("when", [0, 2])
+def test_rounds_before_a_divergence_stand(tmp_path, when):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == when * 6 + 1:
+                next(model.parameters()).data.fill_(float("nan"))
+
+    model = TinyModel()
+    before = parameters_of(model)
+    trainer = trainer_for(tmp_path, model, num_rounds=4, learning_rate=0.3, local_steps=2)
+    trainer.add_callback(Break())
+    result = refine(trainer)
+    assert "lower learning_rate" in result.stopped and len(result.rounds) == when
+    assert trainer.evaluate()["eval_average"] == pytest.approx(result.best)
+    if when:
+        assert result.best_round > 0 and result.best == max(result.rounds) > result.start["eval_average"]
+    else:
+        assert result.best_round == 0 and largest_difference(before, parameters_of(model)) == 0.0
+
+
 @pytest.mark.parametrize("when", ["start", "first round"])
 def test_a_score_that_is_no_number_is_the_worst(tmp_path, when):
     counts = {"calls": 0}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .config import ATMConfig
+from .merge_report import DivergenceError
 from .trainer import ATMTrainer
 
 
@@ -31,12 +32,14 @@ class Refinement:
         start (`dict`): all metrics of the model before the first round.
         rounds (`list[float]`): the chosen metric after each round.
         best_round (`int`): 1-based; 0 if no round was better than the start, whose weights the model then has again.
+        stopped (`str`, *optional*): why tuning ended before its last round, if a loss or task vector diverged.
     """
 
     metric: str
     start: dict[str, float]
     rounds: list[float]
     best_round: int
+    stopped: str | None = None
 
     @property
     def best(self) -> float:
@@ -70,7 +73,7 @@ def refine(trainer: ATMTrainer, resume_from_checkpoint: str | bool | None = None
 
     The model may come from any merge. Rounds are chosen on `eval_dataset`, which should share no example with
     `train_dataset`; see [`split_for_refining`]. The model ends as the best of all rounds and the start, so on that
-    data it is never worse than before.
+    data it is never worse than before. Where a round diverges, those before it stand.
 
     Args:
         trainer ([`ATMTrainer`]): with settings from [`refine_arguments`] and the merged model.
@@ -90,7 +93,15 @@ def refine(trainer: ATMTrainer, resume_from_checkpoint: str | bool | None = None
         raise ValueError(
             f"metric_for_best_model={args.metric_for_best_model!r} is not measured; there are {sorted(start)}."
         )
-    trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    stopped = None
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except DivergenceError as error:
+        # The rounds before are worth as much as they were.
+        stopped = str(error)
+        if trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        trainer.atm.end_training(trainer.state)
     rounds = [record["metrics"][metric] for record in trainer.report]
     # What is no number is worse than anything.
     worst = -math.inf if args.greater_is_better else math.inf
@@ -102,7 +113,7 @@ def refine(trainer: ATMTrainer, resume_from_checkpoint: str | bool | None = None
             model.load_state_dict(start_state)
         # Experts that are kept for export belong to a model that is gone.
         trainer.atm.rounds.merged_vectors = {}
-    return Refinement(metric, start, rounds, best_round)
+    return Refinement(metric, start, rounds, best_round, stopped)
 
 
 def split_for_refining(

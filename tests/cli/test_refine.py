@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertModel, LlamaForCausalLM
 
 from hf_atm import MultiTaskModel
@@ -42,6 +43,19 @@ def test_refine_leaves_a_better_or_equal_model(merged, tmp_path, capsys):
     assert "test_tone_accuracy" in facts["test"]
     assert (output / "tasks" / "tone" / "config.json").is_file()
     assert set(MultiTaskModel.from_pretrained(output).heads) == set(TASKS)
+
+
+def test_a_divergence_leaves_the_start(merged, tmp_path, capsys):
+    model, path = merged
+    output = tmp_path / "refined"
+    arguments = [*SETTINGS, "--learning_rate", "1e30", "--output_dir", str(output)]
+    assert main(["refine", str(model), str(path), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "Tuning ended early" in shown and "No round was better than the start" in shown
+    facts = json.loads((output / "refine.json").read_text())
+    assert facts["best_round"] == 0 and "lower learning_rate" in facts["stopped"]
+    kept, start = (load_file(folder / "model.safetensors") for folder in (output, model))
+    assert all(torch.equal(kept[name], start[name]) for name in start)
 
 
 def test_on_a_tenth_of_the_training_data(merged, tmp_path):

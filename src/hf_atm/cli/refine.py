@@ -124,6 +124,8 @@ def _print(trainer: Any, bench: Workbench, result: Refinement, test: dict[str, f
         rows["test split"], _ = trainer.scores(test, "test")
     if names:
         print("\n" + score_table(tasks, rows))
+    if result.stopped:
+        print(f"\nTuning ended early: {result.stopped}")
     if not result.best_round:
         print("\nNo round was better than the start, which is kept.")
     print(f"\nThe refined model is in {trainer.args.output_dir}")
