@@ -46,7 +46,8 @@ def result(tmp_path):
 
 
 def test_every_stage_leaves_a_model_of_all_tasks_so_far(scheduled, tmp_path, capsys):
-    path = scheduled({"replay": 0.25, "references": True}, export_tasks=True)
+    weights = {"tone": 1.0, "likeness": 0.0, "again": 1.0}
+    path = scheduled({"replay": 0.25, "references": True}, settings={"task_weights": weights}, export_tasks=True)
     assert main(["train", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "stage 2 of 2 done: likeness, again" in shown and "stage 1 (+ tone)" in shown
@@ -195,6 +196,19 @@ def test_language_models_and_adapters(scheduled, decoder, tmp_path):
         ),
         ({"settings": {"full_batch": True, "local_steps": None}}, "full_batch needs data sets of equal size"),
         ({"schedule": [{"a": "b"}]}, "stage 1 of schedule must be a task's name or a list"),
+        ({"settings": {"task_specific_modules": ["*.LayerNorm"]}}, "pattern '*.LayerNorm' matches no parameter"),
+        (
+            {
+                "continual": {"replay": 0},
+                "settings": {
+                    "load_best_model_at_end": True,
+                    "eval_strategy": "epoch",
+                    "save_strategy": "epoch",
+                    "metric_for_best_model": "tone_accuracy",
+                },
+            },
+            "metric_for_best_model='tone_accuracy' is not measured in stage 2",
+        ),
         ({"settings": {"push_to_hub": True}}, "push_to_hub uploads what one run left"),
         ({"continual": {"replay": 33}}, "replay=33 is more than the 32 examples of task"),
     ],

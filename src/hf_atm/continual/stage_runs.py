@@ -125,7 +125,9 @@ def reference_scores(
     model = copy.deepcopy(pristine)
     suite.add_heads(model, [task])
     with only_tasks(model, [task]):
-        trainer = suite.trainer(model, [task], suite.train, _run_args(suite, folder))
+        # Alone, a task's weight among others means nothing.
+        args = with_changes(_run_args(suite, folder), task_weights="uniform")
+        trainer = suite.trainer(model, [task], suite.train, args)
         trainer.train(resume_from_checkpoint=bool(checkpoints(trainer.args.output_dir)) or None)
         validation, test = (
             trainer.quiet_scores({task: sets[task]} if task in sets else {}) for sets in (suite.validation, suite.test)

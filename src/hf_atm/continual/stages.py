@@ -12,13 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_json
-from ..data import head_step_counts, segment_length
-from ..episodic import check_episodes
-from ..identity import claim, require_one_process, settings_of, sizes_of
-from ..multi_task_config import normalize_task
-from ..outer import task_weights
+from ..identity import claim, settings_of, sizes_of
 from .card import write_stage_card
-from .replay import check_replay
+from .checks import check_run
 from .settings import ContinualSettings, check_stages
 from .stage_runs import atm_stage, opcm_stage, reference_scores, stage_data
 from .suite import ContinualSuite
@@ -87,7 +83,7 @@ def run_stages(
     """
     settings = settings or ContinualSettings()
     order = check_stages(stages, list(suite.train))
-    _check(suite, order, settings)
+    check_run(suite, order, settings)
     output = Path(suite.args.output_dir)
     folders = [output / f"stage-{index + 1}" for index in range(len(order))]
     identities = [_identity(suite, settings, order[: index + 1]) for index in range(len(order))]
@@ -124,6 +120,7 @@ def run_stages(
         stage = Stage(**json.loads((folder / STAGE_NAME).read_text(encoding="utf-8")))
         done.append(stage)
         report(index, stage)
+    write_json(output / REPORT_NAME, ContinualRun(done, _figures(done, order)).to_dict())
     references = _references(suite, order, pristine, output) if settings.references else {}
     result = ContinualRun(done, _figures(done, order, references), references)
     write_json(output / REPORT_NAME, result.to_dict())
@@ -141,54 +138,6 @@ def _figures(
         for part in ("validation", "test")
         if getattr(stages[-1], part)
     }
-
-
-def _check(suite: ContinualSuite, order: list[list[str]], settings: ContinualSettings) -> None:
-    """Refuse what some stage would stumble over."""
-    require_one_process("A schedule")
-    args = suite.args
-    check_replay(suite.train, settings.replay)
-    missing = [task for task in suite.train if task not in suite.validation]
-    if missing:
-        raise ValueError(f"task {missing[0]!r} has no validation data, by which stages are judged.")
-    if suite.trainer_kwargs.get("compute_metrics") is None:
-        raise ValueError("A schedule needs compute_metrics, whose first metric is a task's score.")
-    if args.push_to_hub:
-        raise ValueError(
-            "push_to_hub uploads what one run left, and a schedule leaves a model per stage; leave it out, and upload a "
-            "finished stage with hf-atm push."
-        )
-    if args.full_batch:
-        raise ValueError(
-            "full_batch needs data sets of equal size, which a schedule with replay has not; turn it off."
-        )
-    peft = suite.trainer_kwargs.get("peft_config") is not None
-    if peft and (settings.method == "opcm" or args.lora_merge_mode != "delta" or settings.ewc):
-        raise ValueError(
-            "Stages with an adapter need method 'atm' without ewc, and lora_merge_mode='delta', so that each stage ends "
-            "with whole weights."
-        )
-    specs = {task: normalize_task(task, dict(spec)) for task, spec in suite.heads.items()}
-    for task, spec in specs.items():
-        check_episodes(task, spec, suite.train[task])
-    weights = task_weights(args.task_weights or "uniform", {task: len(data) for task, data in suite.train.items()})
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    for index, new in enumerate(order):
-        train, replayed = stage_data(suite, settings, [task for tasks in order[:index] for task in tasks], new)
-        for task in replayed:
-            try:
-                check_episodes(task, specs.get(task, {}), train[task])
-            except ValueError as error:
-                raise ValueError(f"replay={settings.replay} keeps too few examples, raise it: {error}") from None
-        if not any(weights[task] for task in train):
-            raise ValueError(f"All tasks of stage {index + 1} ({', '.join(train)}) have weight zero in task_weights.")
-        lengths = {
-            task: segment_length(
-                task, len(data), batch, args.local_epochs, args.local_steps, args.dataloader_drop_last
-            )
-            for task, data in train.items()
-        }
-        head_step_counts(lengths, args.head_steps)
 
 
 def _identity(suite: ContinualSuite, settings: ContinualSettings, order: list[list[str]]) -> dict[str, Any]:
