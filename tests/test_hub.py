@@ -84,7 +84,19 @@ def test_the_record_of_a_merge_names_no_folder_of_this_machine(hub, folder, tmp_
         "notes": ["a ratio of 1/2 was kept"],
     }
     (folder / "merge_config.json").write_text(json.dumps(record))
+    config = {"_name_or_path": str(tmp_path / "start"), "backbone_config": {"_name_or_path": "./start"}, "act": "."}
+    (folder / "config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "google-bert/bert-base-uncased"})
+    )
     push(folder, "lab/merged")
+    files = hub.repositories["lab/merged"].branches["main"]
+    assert json.loads(files["config.json"]) == {
+        "_name_or_path": "start",
+        "backbone_config": {"_name_or_path": "start"},
+        "act": ".",
+        "base_model_name_or_path": "google-bert/bert-base-uncased",
+    }
+    assert files["tasks/a/config.json"] == b"{}"
     pushed = json.loads(hub.repositories["lab/merged"].branches["main"]["merge_config.json"])
     assert pushed["recipe"] == {**recipe, "models": [{"model": "a", "weight": 1.5}]}
     assert pushed["inputs"] == {"one": {"model": "one"}, "two": {"model": "two", "revision": None}}

@@ -20,6 +20,9 @@ LEFT_OUT = (".*", "*.tmp", "*.incomplete", "training_args.bin")
 # What a run keeps to itself lies at its top; further down, a task may have such a name.
 LEFT_OUT_AT_TOP = ("checkpoint-*", "_*")
 MERGE_RECORD = "merge_config.json"
+# Where transformers and PEFT write down what a model came from.
+_CONFIGS = ("config.json", "adapter_config.json")
+_SOURCES = ("_name_or_path", "base_model_name_or_path", "backbone_name_or_path", "name_or_path")
 _MODELS = ("config.json", "adapter_config.json", "*.safetensors")
 ATTEMPTS = 3
 _CARD_MARK = re.compile(r'<!-- Written by hf-atm for "([^"\n]+)"')
@@ -124,8 +127,8 @@ def push(
     """
     Uploads a finished folder to the Hub in one commit. Nothing in the folder is changed.
 
-    A card that hf-atm wrote says in the repository that its code loads from there, whatever it says in the folder, and
-    the record of a merge names folders of this machine by their last name alone. The commit is made whole or not at all; errors that may pass (network, limits, faults of the server) are retried.
+    A card that hf-atm wrote says in the repository that its code loads from there, whatever it says in the folder;
+    configurations and the record of a merge name folders of this machine by their last name alone. The commit is made whole or not at all; errors that may pass (network, limits, faults of the server) are retried.
 
     Args:
         folder (`str` or `PathLike`): the folder.
@@ -192,19 +195,22 @@ def _content(path: Path, repo_id: str) -> str | bytes:
         text = path.read_text(encoding="utf-8")
         loads = written_by_hf_atm(text)
         return str(path) if loads is None else text.replace(f'"{loads}"', f'"{repo_id}"').encode()
-    if path.name == MERGE_RECORD:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return (json.dumps(_without_folders(record), indent=2) + "\n").encode()
+    if path.name in (MERGE_RECORD, *_CONFIGS):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = _without_folders(found, None if path.name == MERGE_RECORD else _SOURCES)
+        if known != found:
+            return (json.dumps(known, indent=2) + "\n").encode()
     return str(path)
 
 
-def _without_folders(value: Any) -> Any:
+def _without_folders(value: Any, keys: Sequence[str] | None, key: str = "") -> Any:
+    """The same with folders, anywhere or under certain keys, by their last name alone."""
     if isinstance(value, dict):
-        return {name: _without_folders(part) for name, part in value.items()}
+        return {name: _without_folders(part, keys, name) for name, part in value.items()}
     if isinstance(value, list):
-        return [_without_folders(part) for part in value]
+        return [_without_folders(part, keys, key) for part in value]
     is_folder = isinstance(value, str) and (value.startswith((".", "/", "~")) or os.path.exists(value))
-    return public_name(value) if is_folder else value
+    return public_name(value) if is_folder and (keys is None or key in keys) else value
 
 
 def _retried(call: Callable[[], _T]) -> _T:

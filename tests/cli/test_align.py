@@ -74,6 +74,8 @@ def test_bad_input(tmp_path, capsys):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
+    (tmp_path / "taken.incomplete").mkdir()
+    (tmp_path / "taken.incomplete" / "precious").touch()
     out = str(tmp_path / "out")
     capsys.readouterr()
     for arguments, message in (
@@ -83,8 +85,13 @@ def test_bad_input(tmp_path, capsys):
         ([*folders, "--out", out, "--names", "a", "a"], "as many different folder names"),
         ([folders[0], str(tmp_path / "none"), "--out", out], "neither a folder nor a Hub id"),
         ([folders[0], str(adapter), "--out", out], "is an adapter; merge it into its base model first"),
+        ([*folders, "--out", out, "--names", "alignment.json", "b"], "as many different folder names"),
+        ([*folders, "--out", str(tmp_path / "full" / "note" / "deep")], "lies below a file; name another folder"),
+        ([*folders, "--out", str(tmp_path / "taken")], "is in the way, where the output is made"),
+        ([*folders, "--out", out, "--device", "nonsense"], "device='nonsense' cannot be used here"),
+        ([*folders, "--out", out, "--heads", "nothing.*"], "heads names 'nothing.*', which matches no tensor"),
     ):
         assert main(["align", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / "taken.incomplete" / "precious").is_file()

@@ -164,7 +164,14 @@ def test_numbers_for_labels_leave_cka(write, tmp_path):
         ({"anchors": {"number": 4}}, "anchors has the unknown key 'number'"),
         ({"anchors": {"num_anchors": 1}}, "anchors.num_anchors is 1; it must be a whole number from 2"),
         ({"anchors": {"strategy": "best"}}, "anchors.strategy is 'best'; known ones are random, balanced"),
-        ({"anchors": {"num_anchors": 99}}, "num_anchors is 99, but the spaces share 32 samples to choose from"),
+        ({"anchors": {"num_anchors": 32}}, "num_anchors is 32, and train_split 'train' has 32 rows"),
+        ({"data": {"dataset": "likeness"}}, "anchors.strategy 'balanced' needs classes"),
+        ({"data": {"dataset": "tone", "eval_split": "train[:10%]"}}, "data.eval_split 'train[:10%]' share rows"),
+        ({"models": {"a": {"model": "encoder", "labels": [["n"]]}}}, "models.a.labels must be names or numbers"),
+        (
+            {"routing": "oracle", "models": {"a": {"model": "encoder", "labels": ["n"]}}},
+            "routing 'oracle' needs every label in some model's task, and none lists 'p'",
+        ),
         ({"routing": "best"}, "routing is 'best'; known ones are average, knn, mahalanobis, confidence, oracle"),
         (
             {"routing": "knn"},
@@ -176,11 +183,37 @@ def test_numbers_for_labels_leave_cka(write, tmp_path):
         ({"data_root": "nowhere"}, "data_root 'nowhere' is not a folder"),
     ],
 )
-def test_a_wrong_file_is_one_sentence(write, tmp_path, capsys, changes, message):
+def test_a_wrong_file_is_one_sentence(write, tmp_path, capsys, monkeypatch, changes, message):
+    # Nothing is embedded before all is looked at.
+    monkeypatch.setattr("hf_atm.cli.latent.extract_embeddings", None)
     assert main(["latent", write(**changes)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_of_one_scored_sample_have_no_spread(write, tmp_path, text_data, capsys):
+    path = text_data / "tone" / "test.parquet"
+    rows = datasets.Dataset.from_parquet(str(path))
+    labels = rows["label"][:]
+    keep = [labels.index(0), labels.index(1)]
+    rows.select(keep).to_parquet(str(path))
+    assert main(["latent", write(), "--quiet"]) == 0
+    spaces = json.loads((tmp_path / "out" / "latent_metrics.json").read_text())["spaces"]
+    assert all("separability" not in values and "probe" in values for values in spaces.values())
+    assert (tmp_path / "out" / "latent_space.safetensors").is_file() and "separability" not in capsys.readouterr().out
+
+
+def test_what_is_scored_standardises_nothing(write, tmp_path, text_data):
+    path = text_data / "tone" / "test.parquet"
+    rows = datasets.Dataset.from_parquet(str(path))
+    assert main(["latent", write(standardize=True), "--quiet"]) == 0
+    whole = LatentSpace.load(tmp_path / "out" / "latent_space.safetensors")
+    rows.select([0, 2, 3, 4, 5, 6, 7]).to_parquet(str(path))
+    assert main(["latent", write(standardize=True, output_dir=str(tmp_path / "less")), "--quiet"]) == 0
+    less = LatentSpace.load(tmp_path / "less" / "latent_space.safetensors")
+    first = ["eval/0000000", *whole.anchors.tolist()]
+    assert torch.allclose(whole.select(first).embeddings, less.select(first).embeddings, atol=1e-5)
 
 
 def test_the_example_is_valid(monkeypatch):

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -194,8 +194,17 @@ def test_bad_input_is_one_sentence(bert):
         extract_embeddings(bert, batches(), "max")
     with pytest.raises(ValueError, match="A str cannot be called"):
         extract_embeddings("bert", batches())
-    with pytest.raises(ValueError, match="The data loader shuffles and its batches carry no ids"):
+    with pytest.raises(
+        ValueError, match="The data loader does not read its data in order and its batches carry no ids"
+    ):
         extract_embeddings(bert, DataLoader(batches().dataset, batch_size=3, shuffle=True))
+    shuffled = BatchSampler(RandomSampler(batches().dataset), 3, drop_last=False)
+    for options in ({"sampler": SubsetRandomSampler([0, 2])}, {"batch_sampler": shuffled}):
+        with pytest.raises(ValueError, match="does not read its data in order"):
+            extract_embeddings(bert, DataLoader(batches().dataset, **options))
+    prompted = get_peft_model(bert, PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="The adapter learned a prompt"):
+        extract_embeddings(prompted, batches())
     with pytest.raises(ValueError, match="The data loader drops its last rows"):
         extract_embeddings(bert, DataLoader(batches().dataset, batch_size=3, drop_last=True))
     with pytest.raises(ValueError, match="The data of 'model' hold no batch"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..merging.checkpoints.reader import CheckpointReader
 from ..merging.tensors import CHUNK
-from .inputs import check_models, read_models
+from .inputs import check_models, read_models, with_heads
 from .matching import align
 from .registry import spec_for_config
 from .result import Alignment
@@ -39,8 +39,7 @@ def open_checkpoints(
     config = _shared_config([reader.path for reader in readers], names)
     states = read_models([dict(reader) for reader in readers])
     spec = spec_for_config(config, sorted({name for state in states for name in state}))
-    if heads is not None:
-        spec = replace(spec, heads=tuple(heads))
+    spec = with_heads(spec, heads, states)
     return states, spec, check_models(states, spec)
 
 

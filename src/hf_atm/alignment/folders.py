@@ -13,11 +13,14 @@ from huggingface_hub import save_torch_state_dict
 from ..merging.checkpoints.reader import CheckpointReader, is_adapter, resolve_model
 from ..merging.checkpoints.side_files import copy_side_files, list_side_files
 from .checkpoints import align_checkpoints
+from .matching import check_device
 from .result import Alignment
 
 
 MAPS_NAME = "alignment.safetensors"
 REPORT_NAME = "alignment.json"
+# Says that an unfinished output is ours to remove.
+_OURS = ".hf-atm"
 
 
 def align_folders(
@@ -55,7 +58,14 @@ def align_folders(
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"Output {str(output)!r} holds something already; name another folder.")
-    wrong = [name for name in names if name in ("", ".", "..") or "/" in name or "\\" in name]
+    if any(parent.exists() and not parent.is_dir() for parent in output.parents):
+        raise ValueError(f"Output {str(output)!r} lies below a file; name another folder.")
+    beside = output.with_name(f"{output.name}.incomplete")
+    if beside.exists() and not (beside / _OURS).is_file():
+        raise ValueError(f"{str(beside)!r} is in the way, where the output is made; move it, or name another folder.")
+    check_device(device)
+    reserved = ("", ".", "..", MAPS_NAME, REPORT_NAME, _OURS)
+    wrong = [name for name in names if name in reserved or "/" in name or "\\" in name]
     if wrong or len(names) != len(models) or len(set(names)) != len(names):
         raise ValueError(f"{len(models)} models need as many different folder names, not {list(names)}.")
     folders = [resolve_model(model) for model in models]
@@ -64,9 +74,10 @@ def align_folders(
             raise ValueError(f"{model!r} is an adapter; merge it into its base model first.")
     readers = [CheckpointReader(folder) for folder in folders]
     found = align_checkpoints(readers, models, method=method, heads=heads, device=device, seed=seed)
-    beside = output.with_name(f"{output.name}.incomplete")
     shutil.rmtree(beside, ignore_errors=True)
     try:
+        beside.mkdir(parents=True)
+        (beside / _OURS).touch()
         for name, folder, state in zip(names, folders, found.state_dicts, strict=True):
             target = beside / name
             target.mkdir(parents=True)
@@ -76,6 +87,7 @@ def align_folders(
         facts = {"models": dict(zip(names, models, strict=True)), "method": method, "objective": found.objective}
         text = json.dumps({**facts, "seed": seed, **found.report}, indent=2, default=str)
         (beside / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        (beside / _OURS).unlink()
         if output.is_dir():
             output.rmdir()
         beside.rename(output)

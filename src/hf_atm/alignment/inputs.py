@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,27 @@ def read_models(models: Any) -> list[dict[str, Any]]:
     states = [dict(model.state_dict() if isinstance(model, nn.Module) else model) for model in models]
     complete_ties(states)
     return states
+
+
+def with_heads(
+    spec: PermutationSpec, heads: Sequence[str] | None, states: Sequence[Mapping[str, Any]]
+) -> PermutationSpec:
+    """
+    The specification with the heads that the user names, if any.
+
+    Raises:
+        `ValueError`: for a text in place of a list, or a pattern that matches no tensor of any model.
+    """
+    if heads is None:
+        return spec
+    if isinstance(heads, str):
+        raise ValueError(f"heads must be a list of name patterns; write heads=[{heads!r}].")
+    idle = [pattern for pattern in heads if not any(matches(name, [pattern]) for state in states for name in state)]
+    if idle:
+        raise ValueError(
+            f"heads names {listed(idle)}, which matches no tensor of the models; correct it or leave it out."
+        )
+    return replace(spec, heads=tuple(heads))
 
 
 def check_models(states: Sequence[Mapping[str, Any]], spec: PermutationSpec) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..merging.tensors import content_names
 from .ascent import git_rebasin, merge_many
 from .features import feature_problem
-from .inputs import check_models, read_models
+from .inputs import check_models, read_models, with_heads
 from .permutation import Permutation
 from .problem import build_problem, objective
 from .registry import spec_for
@@ -106,21 +105,17 @@ def align(
     True
     ```
     """
+    place = check_device(device)
     _check_arguments(method, starts, max_iter, tol, polish)
     models = list(models) if not isinstance(models, (Mapping, nn.Module)) else models
     states = read_models(models)
-    spec = spec or _spec_of(models)
-    if heads is not None:
-        if isinstance(heads, str):
-            raise ValueError(f"heads must be a list of name patterns; write heads=[{heads!r}].")
-        spec = replace(spec, heads=tuple(heads))
+    spec = with_heads(spec or _spec_of(models), heads, states)
     names = check_models(states, spec)
     if not names:
         raise ValueError("No tensor is left to match; every one of them counts as a head or has no permuted axis.")
     spec = spec.restricted([name for state in states for name in state])
     labels = content_names(states, [1.0] * len(states), names)
     order = sorted(range(len(states)), key=lambda index: labels[index])
-    place = torch.device(device) if device is not None else None
     with workers() as pool, torch.no_grad():
         if method == "activations":
             problem = feature_problem(models, spec, data, order, place)
@@ -151,6 +146,21 @@ def align(
         state_dicts=[mine.inverse().apply(state) for mine, state in zip(permutations, states, strict=True)],
         soft_maps=[soft[position[index]] for index in range(len(states))] if soft else [],
     )
+
+
+def check_device(device: str | torch.device | None) -> torch.device | None:
+    """The device, if there is one of that name here.
+
+    Raises:
+        `ValueError`: if there is not.
+    """
+    if device is None:
+        return None
+    try:
+        return torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"device={str(device)!r} cannot be used here ({reason}); choose 'cpu'.") from error
 
 
 def _in_one_frame(spec: PermutationSpec, vectors: Sequence[Mapping[str, np.ndarray]]) -> list[Permutation]:

@@ -30,7 +30,7 @@ from ..latent import (
 from ..latent.aggregation import DUPLICATES, ROUTINGS
 from ..latent.anchors import STRATEGIES
 from ..latent.extraction import POOLINGS
-from ..tasks import TaskSpec, load_task
+from ..tasks import TaskData, TaskSpec, load_task
 from .commands import load_model
 from .console import calm_libraries
 from .experiment import (
@@ -95,6 +95,11 @@ def read_latent_config(path: str | os.PathLike) -> LatentConfig:
     data = read_task("data", "data", as_mapping("data", raw["data"]), root)
     if data.train_split is None or data.eval_split is None:
         raise ValueError("data needs train_split, which gives anchors, and eval_split, which is scored")
+    if _overlap(data.train_split, data.eval_split):
+        raise ValueError(
+            f"data.train_split {data.train_split!r} and data.eval_split {data.eval_split!r} share rows, so scores would be "
+            "of what was fitted on; name different splits"
+        )
     models = as_mapping("models", raw["models"])
     if not models:
         raise ValueError("config names no model; add at least one under models")
@@ -122,6 +127,8 @@ def _encoder(where: str, name: str, entry: Any, folder: Path) -> Encoder:
         labels = values["labels"]
         if not isinstance(labels, list) or not labels:
             raise ValueError(f"{where}.labels must list the labels of the model's task, not {labels!r}")
+        if any(not isinstance(label, (str, int)) for label in labels):
+            raise ValueError(f"{where}.labels must be names or numbers, not {labels!r}")
         values["labels"] = tuple(labels)
     _one_of(f"{where}.pooling", values.get("pooling", "auto"), POOLINGS)
     _whole(f"{where}.layer", values.get("layer", -1), None)
@@ -144,6 +151,12 @@ def _check(config: LatentConfig) -> None:
                 f"routing {config.routing!r} needs to know what each model was trained on; list the labels of its task "
                 f"under models.{encoder.name}.labels"
             )
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether one split is the other, or a slice of it; slices of one split are taken at their word."""
+    whole = [split.partition("[")[0] for split in (first, second)]
+    return first == second or (whole[0] == whole[1] and ("[" not in first or "[" not in second))
 
 
 def _one_of(where: str, value: Any, known: Sequence[str]) -> None:
@@ -175,9 +188,7 @@ def latent(path: str, output: str | None = None, quiet: bool = False) -> int:
     for encoder in encoders:
         check_model(encoder.model)
     calm_libraries()
-    spec = load_task(config.data, config.seed).spec
-    for encoder in encoders:
-        _classes(encoder, spec)
+    _check_data(config, load_task(config.data, config.seed))
     sets: dict[str, EmbeddingSet] = {}
     with tqdm(total=len(encoders), desc="embedding", disable=True if quiet else None) as bar:
         for encoder in encoders:
@@ -193,9 +204,10 @@ def latent(path: str, output: str | None = None, quiet: bool = False) -> int:
         routing=config.routing,
         duplicates=config.duplicates,
         standardize=config.standardize,
+        fit_ids=train,
     )
-    metrics = measure(space, sets, reference, config.seed)
     space.save(folder / "latent_space.safetensors")
+    metrics = measure(space, sets, reference, config.seed)
     write_json(
         folder / "latent_metrics.json",
         {
@@ -212,6 +224,31 @@ def latent(path: str, output: str | None = None, quiet: bool = False) -> int:
             f"\n{len(space)} samples, {len(anchors)} anchors; {folder}/latent_space.safetensors, latent_metrics.json"
         )
     return 0
+
+
+def _check_data(config: LatentConfig, task: TaskData) -> None:
+    """Refuse, before any model runs, what cannot be done with these data."""
+    rows = len(task.splits["train"])
+    if config.num_anchors >= rows:
+        raise ValueError(
+            f"anchors.num_anchors is {config.num_anchors}, and train_split {task.spec.train_split!r} has {rows} rows, of "
+            "which some must be left to fit on; lower it"
+        )
+    regression = task.spec.problem_type == "regression"
+    if config.strategy == "balanced" and regression:
+        raise ValueError("anchors.strategy 'balanced' needs classes, and these data have numbers for labels")
+    classes = [_classes(encoder, task.spec) for encoder in config.encoders]
+    if config.reference is not None:
+        _classes(config.reference, task.spec)
+    if config.routing == "oracle":
+        known = {int(label) for found in classes if found is not None for label in found}
+        alone = sorted(set(range(task.spec.num_labels or 0)) - known)
+        if alone:
+            names = task.spec.label_names or [str(label) for label in range(task.spec.num_labels or 0)]
+            raise ValueError(
+                f"routing 'oracle' needs every label in some model's task, and none lists {names[alone[0]]!r}; add it "
+                "to the labels of a model"
+            )
 
 
 def _embed(config: LatentConfig, encoder: Encoder) -> EmbeddingSet:
@@ -276,7 +313,7 @@ def measure(
             Of the probe.
 
     Returns:
-        `dict`: by space, `separability` of the scored rows, `centroid`, `knn` and `probe`, accuracies on them after
+        `dict`: by space, `separability` of the scored rows whose class has several, `centroid`, `knn` and `probe`, accuracies on them after
         fitting on the others, if there are classes; `cka_merged`, and `cka_reference` if there is one. Spaces of one
         width are joined by the mean of their embeddings, a baseline.
     """
@@ -295,7 +332,9 @@ def measure(
         values: dict[str, float] = {}
         if rest.labels is not None:
             parts = (known.embeddings, known.labels, scored.embeddings, scored.labels)
-            values["separability"] = separability(scored.embeddings, scored.labels)
+            spread = _with_spread(scored.labels)
+            if spread is not None:
+                values["separability"] = separability(scored.embeddings[spread], scored.labels[spread])
             values["centroid"], values["knn"] = centroid_accuracy(*parts), knn_accuracy(*parts)
             values["probe"] = linear_probe(*parts, seed=seed)
         values["cka_merged"] = linear_cka(scored.embeddings, merged)
@@ -303,6 +342,12 @@ def measure(
             values["cka_reference"] = linear_cka(scored.embeddings, reference.select(score).embeddings)
         result[name] = values
     return result
+
+
+def _with_spread(labels: torch.Tensor) -> torch.Tensor | None:
+    """Rows of classes with several samples, which alone have a spread; `None` if those are fewer than two classes."""
+    classes, index, counts = labels.unique(return_inverse=True, return_counts=True)
+    return counts[index] > 1 if int((counts > 1).sum()) > 1 else None
 
 
 def metric_table(metrics: Mapping[str, Mapping[str, float]]) -> str:

@@ -28,6 +28,7 @@ def aggregate_latent_spaces(
     duplicates: str = "mean",
     standardize: bool = False,
     chunk_size: int = CHUNK,
+    fit_ids: Any = None,
     **selection: Any,
 ) -> LatentSpace:
     """
@@ -59,6 +60,9 @@ def aggregate_latent_spaces(
             See [`RelativeProjector`].
         chunk_size (`int`, *optional*, defaults to 8192):
             Rows handled at once. Beside the result only such a chunk is held.
+        fit_ids (`Sequence`, *optional*):
+            Samples of every space that `standardize` takes means and variances from; all by default. Leave out those
+            that are scored.
         selection (`Any`):
             For [`select_anchors`]: `num_anchors`, `strategy`, `seed`, `candidates`.
 
@@ -75,7 +79,7 @@ def aggregate_latent_spaces(
         anchors = select_anchors(sets, **selection)
     elif selection:
         raise ValueError(f"{', '.join(sorted(selection))}: only for choosing anchors, and anchors are given.")
-    projectors = [RelativeProjector(anchors, standardize).fit(entry) for entry in sets]
+    projectors = [RelativeProjector(anchors, standardize).fit(entry, fit_ids) for entry in sets]
     # Zero rows are found before any long work.
     for entry in sets if not standardize else []:
         row_norms(entry.embeddings, entry.ids, entry.name)

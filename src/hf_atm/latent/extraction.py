@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -109,6 +109,11 @@ def extract_embeddings(
 def _encoder(model: Any, pooling: Any, layer: int) -> Callable[[Any, Any], Any]:
     """A function of a batch's inputs, and of the whole batch, that gives embeddings."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "The adapter learned a prompt, which the encoder inside it does not see; give an adapter that changes weights, "
+            "such as LoRA."
+        )
     if isinstance(plain, PreTrainedModel):
         # A projection is part of what an encoder says, not a head.
         whole = type(plain).__name__.endswith("WithProjection")
@@ -231,9 +236,16 @@ def _classes(labels: Any, count: int) -> Tensor | None:
 
 def _check_order(dataloader: Any) -> None:
     """Refuses row numbers that would name other samples in the next run over the data, or leave some out."""
-    if isinstance(getattr(dataloader, "sampler", None), RandomSampler):
+    if isinstance(dataloader, DataLoader) and not isinstance(dataloader.dataset, IterableDataset):
+        batches = dataloader.batch_sampler
+        # A loader that is given batches has a sampler that it does not use.
+        sampler = dataloader.sampler if batches is None else getattr(batches, "sampler", None)
+        in_order = type(batches) in (BatchSampler, type(None)) and type(sampler) is SequentialSampler
+    else:
+        in_order = True
+    if not in_order:
         raise ValueError(
-            "The data loader shuffles and its batches carry no ids, so row numbers would name other samples each time; "
+            "The data loader does not read its data in order and its batches carry no ids, so row numbers would name other samples each time; "
             "set shuffle=False, or add a column 'ids'."
         )
     if getattr(dataloader, "drop_last", False) and len(dataloader.dataset) % (dataloader.batch_size or 1):

@@ -57,7 +57,7 @@ class RelativeProjector:
         anchors (`Sequence[int]` or `Sequence[str]`):
             Ids of m samples, at least two, each once; they become the columns, in this order.
         standardize (`bool`, *optional*, defaults to `False`):
-            Bring every dimension to mean 0 and variance 1 over the fitted set first. Rotations then matter.
+            Bring every dimension to mean 0 and variance 1 over the fitted rows first. Rotations then matter.
 
     Raises:
         `ValueError`: for fewer than two anchors, or repeated ones.
@@ -73,19 +73,26 @@ class RelativeProjector:
             raise ValueError(f"The anchors {named(twice)} occur more than once; each gives one column.")
         self.directions: Tensor | None = None
 
-    def fit(self, embedding_set: EmbeddingSet) -> RelativeProjector:
+    def fit(self, embedding_set: EmbeddingSet, ids: Any = None) -> RelativeProjector:
         """
         Take the anchors' directions from a space.
 
+        Args:
+            embedding_set ([`EmbeddingSet`]):
+                The space.
+            ids (`Sequence`, *optional*):
+                Samples whose mean and variance standardise, so that those to be scored are left out; all by default.
+
         Raises:
-            `KeyError`: when it lacks anchors.
+            `KeyError`: when it lacks anchors, or one of `ids`.
             `ValueError`: when an anchor is zero.
         """
         rows = torch.from_numpy(embedding_set.positions(self.anchors))
         embeddings = embedding_set.embeddings
         self.mean = self.scale = None
         if self.standardize:
-            variance, mean = torch.var_mean(embeddings.double(), dim=0, correction=0)
+            fitted = embeddings if ids is None else embeddings[torch.from_numpy(embedding_set.positions(ids))]
+            variance, mean = torch.var_mean(fitted.double(), dim=0, correction=0)
             # A dimension without any spread stays at 0.
             self.mean, self.scale = mean, variance.sqrt().where(variance > 0, 1.0)
         self.directions = unit_rows(self._prepared(embeddings[rows]), self.anchors, embedding_set.name)
