@@ -15,7 +15,7 @@ from hf_atm.continual import (
     replay_sample,
     transfer,
 )
-from hf_atm.continual.replay import replay_size
+from hf_atm.continual.replay import check_replay, replay_size
 from hf_atm.merging import merge_task_vectors
 
 
@@ -48,6 +48,12 @@ def test_a_sample_depends_on_seed_and_task_alone():
 def test_bad_samples(replay, message):
     with pytest.raises(ValueError, match=message):
         replay_sample("a", DATA, replay)
+
+
+def test_a_replay_of_nothing_is_said_so():
+    check_replay({"a": DATA}, 0)
+    with pytest.raises(ValueError, match="replay=0.004 keeps none of the 100 examples of task 'a'"):
+        check_replay({"a": DATA}, 0.004)
 
 
 def test_the_pull_is_the_gradient_of_the_penalty():
@@ -148,6 +154,9 @@ def test_numbers_that_yaml_takes_for_text():
         ({"ewc": -1}, "continual.ewc is -1"),
         ({"ewc": "strong"}, "continual.ewc is 'strong'"),
         ({"ewc": float("inf")}, "continual.ewc is inf"),
+        ({"ewc": True}, "continual.ewc is True"),
+        ({"fisher_examples": True}, "continual.fisher_examples is True"),
+        ({"method": "opcm", "merge_kwargs": [1]}, r"continual.merge_kwargs is \[1\]"),
         ({"references": "x"}, "continual.references is 'x'"),
         ({"compression": "x"}, "continual.compression is 'x'"),
         ({"fisher_examples": 0}, "continual.fisher_examples is 0"),

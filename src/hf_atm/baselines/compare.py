@@ -48,7 +48,7 @@ def compare(
         `tasks`, `versions`.
 
     Raises:
-        ValueError: before anything runs, when members differ in budget or seeds repeat.
+        ValueError: before anything runs, when members differ in budget, seeds repeat or a task has no validation data.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds must be different whole numbers, at least one, not {list(seeds)}.")
@@ -63,6 +63,9 @@ def compare(
     require_one_process("A comparison")
     if suite.trainer_kwargs.get("compute_metrics") is None:
         raise ValueError("A comparison needs compute_metrics, whose first metric is what methods are compared by.")
+    blind = [task for task in suite.train if task not in (suite.validation or {})]
+    if blind:
+        raise ValueError(f"Task {blind[0]!r} has no validation data, by which methods are compared; give it some.")
     output = Path(output_dir)
     folders = {
         (member.name, seed): output / "cells" / _folder_name(member.name) / f"seed-{seed}"

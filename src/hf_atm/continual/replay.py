@@ -50,4 +50,7 @@ def replay_sample(task: str, dataset: Any, replay: int | float, seed: int = 0) -
 def check_replay(datasets: Mapping[str, Any], replay: int | float) -> None:
     """Refuse a replay that some task has too few examples for, before anything runs."""
     for task, dataset in datasets.items():
-        replay_size(task, len(dataset), replay)
+        if replay and not replay_size(task, len(dataset), replay):
+            raise ValueError(
+                f"replay={replay} keeps none of the {len(dataset)} examples of task {task!r}; raise it, or set it to 0."
+            )

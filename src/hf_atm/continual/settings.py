@@ -52,17 +52,24 @@ class ContinualSettings:
             raise ValueError(f"continual.method is {self.method!r}; choose one of {', '.join(METHODS)}.")
         # Sizes are checked once the data are known.
         replay_size("", sys.maxsize, self.replay)
-        if not isinstance(self.ewc, (int, float)) or not (self.ewc >= 0 and math.isfinite(self.ewc)):
+        if (
+            isinstance(self.ewc, bool)
+            or not isinstance(self.ewc, (int, float))
+            or not (self.ewc >= 0 and math.isfinite(self.ewc))
+        ):
             raise ValueError(f"continual.ewc is {self.ewc!r}; it must be a number from 0.")
         if not isinstance(self.references, bool):
             raise ValueError(f"continual.references is {self.references!r}; it must be true or false.")
-        if not isinstance(self.fisher_examples, int) or self.fisher_examples < 1:
+        examples = self.fisher_examples
+        if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
             raise ValueError(f"continual.fisher_examples is {self.fisher_examples!r}; it must be at least 1.")
         ratio = self.compression
         if ratio is not None and not (isinstance(ratio, (int, float)) and 0 < ratio < 1):
             raise ValueError(f"continual.compression is {self.compression!r}; it must lie in (0, 1), or be null.")
         if self.method == "opcm" and self.ewc:
             raise ValueError(f"continual.ewc={self.ewc} is for method 'atm'; OPCM tunes every task from the start.")
+        if not isinstance(self.merge_kwargs, Mapping):
+            raise ValueError(f"continual.merge_kwargs is {self.merge_kwargs!r}; it must map parameters to values.")
         if self.merge_kwargs and self.method != "opcm":
             raise ValueError("continual.merge_kwargs are those of OPCM; for ATM use training.merge_kwargs.")
         check_merge_kwargs("opcm", self.merge_kwargs)
