@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_atm import ATMCallback, ATMTrainer, MultiTaskModel, PrototypicalTaskHead, refresh_prototypes
 from hf_atm.baselines.joint import JointTrainer
 from hf_atm.baselines.one_shot import OneShotMerges
+from hf_atm.refine import refine, refine_arguments
 from tests.reference import prototypical_loop
 from tests.testing_utils import accuracy, largest_difference, make_config, make_data, parameters_of
 
@@ -342,3 +343,28 @@ def test_entries_that_cannot_be(entry, message):
 def test_data_that_do_not_suffice(tmp_path, data, message):
     with pytest.raises(ValueError, match=f"Task 'few' has a prototypical head: .*{message}"):
         trainer_of(tmp_path, data={**data_of_two(), "few": data})
+
+
+def test_refining_with_fewer_samples_takes_the_model_as_it_came(tmp_path):
+    model = TwoTasks()
+    first = trainer_of(tmp_path / "first", model, data={**data_of_two(), "few": few_data(40)}, evaluate=True)
+    first.train()
+    first.save_model(str(tmp_path / "first"))
+    given = model.heads["few"].prototypes.clone()
+    args = refine_arguments(make_config(tmp_path / "refined", local_steps=2, learning_rate=1e30), has_metrics=True)
+    evaluation = {"few": few_data(20, seed=1), "many": make_data("many", 16, labels=2)}
+    trainer = ATMTrainer(model, args, train_dataset=data_of_two(), eval_dataset=evaluation, compute_metrics=accuracy)
+    before = first.evaluate()["eval_few_accuracy"]
+    result = refine(trainer)
+    assert result.start["eval_few_accuracy"] == before
+    trainer.save_model(str(tmp_path / "kept"))
+    assert result.best_round == 0 and torch.equal(model.heads["few"].prototypes, given)
+    assert trainer.evaluate()[result.metric] == pytest.approx(result.best)
+
+
+def test_labels_beyond_the_head_are_named(tmp_path):
+    data = few_data(classes=4)
+    with pytest.raises(ValueError, match="task 'few' has a sample of class 3, and its head has 3 classes"):
+        refresh_prototypes(
+            TwoTasks(), "few", data, lambda rows: {"features": torch.stack([r["features"] for r in rows])}
+        )

@@ -139,12 +139,17 @@ def refresh_prototypes(
     head = prototypical_head(model, task)
     if head is None:
         raise ValueError(f"task {task!r} has no prototypical head, so there is nothing to refresh")
-    labels = torch.as_tensor(labels_of(dataset))
     device = head.prototypes.device
     training = model.training
     model.eval()
     try:
         with isolated_rng(derive_seed("prototypes", task)), head.recording() as features:
+            labels = torch.as_tensor(labels_of(dataset))
+            if int(labels.max()) >= len(head.prototypes):
+                raise ValueError(
+                    f"task {task!r} has a sample of class {int(labels.max())}, and its head has {len(head.prototypes)} "
+                    "classes, numbered from 0; leave the sample out"
+                )
             for start in range(0, len(labels), batch_size):
                 rows = range(start, min(start + batch_size, len(labels)))
                 batch = collate_rows(dataset, rows, collator)
@@ -161,6 +166,8 @@ def refresh_tasks(trainer: Any, tasks: Iterable[str] | None = None) -> None:
         trainer ([`ATMTrainer`]): The trainer; its model, training data and collators are used.
         tasks (`Iterable[str]`, *optional*): Only these.
     """
+    if trainer.atm.prototypes_held:
+        return
     for task in trainer.atm.datasets if tasks is None else tasks:
         data = trainer.atm.datasets.get(task)
         if isinstance(data, EpisodicDataset):

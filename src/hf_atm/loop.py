@@ -52,6 +52,8 @@ class ATMLoop(LoopReport, ResumableLoop):
         self.resume_from: str | None = None
         self.scoring = False
         self.running = False
+        #: Whether prototypes stay as they are, whatever is evaluated or saved.
+        self.prototypes_held = False
         self._reset_progress()
         self.plan_run()
         self._set_up()

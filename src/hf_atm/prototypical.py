@@ -115,7 +115,8 @@ class PrototypicalTaskHead(nn.Module):
     def calibrate(self, features: torch.Tensor, prototypes: torch.Tensor) -> None:
         """Sets the scale to 10 over the mean squared distance of features and prototypes."""
         mean = -prototype_logits(features, prototypes, 1.0).mean()
-        self.log_scale.copy_(torch.log(10 / mean.clamp_min(torch.finfo(mean.dtype).tiny)))
+        # Samples that are all the same have no distance to go by.
+        self.log_scale.copy_(torch.log(10 / mean.double().clamp_min(1e-30)))
         self.calibrated.fill_(True)
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .config import ATMConfig
+from .episodic import prototypical_head
 from .merge_report import DivergenceError
 from .trainer import ATMTrainer
 
@@ -86,8 +87,12 @@ def refine(trainer: ATMTrainer, resume_from_checkpoint: str | bool | None = None
     if not args.load_best_model_at_end:
         raise ValueError("refine keeps the best round; build the trainer with refine_arguments(args, has_metrics).")
     model: Any = trainer.model
-    start_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    # The model as it came: prototypes that it brings may be of more samples than there are here.
+    heads = [prototypical_head(model, task) for task in trainer.atm.datasets]
+    trainer.atm.prototypes_held = all(head is None or bool(head.fitted) for head in heads)
     start = {name: value for name, value in trainer.evaluate().items() if name not in ("epoch", "eval_runtime")}
+    start_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    trainer.atm.prototypes_held = False
     metric = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     if metric not in start:
         raise ValueError(
@@ -111,6 +116,7 @@ def refine(trainer: ATMTrainer, resume_from_checkpoint: str | bool | None = None
     if best_round == 0:
         with torch.no_grad():
             model.load_state_dict(start_state)
+        trainer.atm.prototypes_held = True
         # Experts that are kept for export belong to a model that is gone.
         trainer.atm.rounds.merged_vectors = {}
     return Refinement(metric, start, rounds, best_round, stopped)

@@ -31,7 +31,7 @@ SCHEDULE = [["tone"], ["likeness", "again"]]
 def scheduled(config, tmp_path):
     def write(continual=None, schedule=SCHEDULE, settings=None, **changes):
         return config(
-            tasks=TASKS,
+            tasks=changes.pop("tasks", TASKS),
             schedule=schedule,
             continual=continual or {},
             training=training(tmp_path, **{"num_rounds": 2, "local_steps": 2, **(settings or {})}),
@@ -208,6 +208,13 @@ def test_language_models_and_adapters(scheduled, decoder, tmp_path):
                 },
             },
             "metric_for_best_model='tone_accuracy' is not measured in stage 2",
+        ),
+        (
+            {
+                "continual": {"method": "opcm"},
+                "tasks": {**TASKS, "tone": {"dataset": "tone", "head": "prototypical", "k_shot": 2, "n_query": 2}},
+            },
+            "Task 'tone' has a prototypical head, whose prototypes would stay",
         ),
         ({"settings": {"push_to_hub": True}}, "push_to_hub uploads what one run left"),
         ({"continual": {"replay": 33}}, "replay=33 is more than the 32 examples of task"),

@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file
 
 from hf_atm.cli.fewshot import few_shot_table, read_few_shot
 from hf_atm.cli.main import main
@@ -127,6 +129,27 @@ def test_a_graph_set_trains(config, tmp_path, capsys):
             "classes b are both base and novel",
         ),
         ({"data": {"dataset": "topics", "base": ["a", "b"], "novel": ["z", "c"]}}, "data.novel names the class 'z'"),
+        (
+            {"data": {"dataset": "topics", "base": ["a"], "novel": "de"}},
+            "data.novel must be a list of classes, not 'de'",
+        ),
+        (
+            {"data": {"dataset": "topics", "base": ["a", "b", "c"], "novel": ["d", "e"], "k_shot": 7}},
+            "data has the unknown key 'k_shot'",
+        ),
+        ({"model": {"backbone": "encoder", "pooling": "max"}}, "pooling is 'max'; known: cls, mean"),
+        ({"training": {"head": "protonet"}}, "head is 'protonet'; known: matching, prototypical"),
+        ({"training": {"scale": -1}}, "scale is -1"),
+        ({"training": {"distance": "l2"}}, "distance is 'l2'"),
+        ({"seeds": [0, 0]}, "seeds must differ, not [0, 0]"),
+        (
+            {"seeds": [0, 1], "training": {"resume_from_checkpoint": "run/seed-0/checkpoint-2"}},
+            "belongs to one of 2 seeds",
+        ),
+        (
+            {"model": {"encoder": "gin", "norm": "episode"}, "data": {"graphs": "topics"}, "baselines": ["finetune"]},
+            "the baseline finetune needs embeddings of single graphs",
+        ),
         ({"model": {"backbone": "encoder", "layers": 2}}, "model has the unknown key 'layers'"),
         ({"model": {"encoder": "gin"}}, "model has the unknown key 'encoder'"),
         ({"model": {"encoder": "gat"}, "data": {"graphs": "g"}}, "model.encoder is 'gat'"),
@@ -135,8 +158,11 @@ def test_a_graph_set_trains(config, tmp_path, capsys):
         ({"seeds": 3}, "seeds must be a list of whole numbers"),
         ({"test_episodes": 1}, "test_episodes is 1"),
         ({"training": {"n_ways": 3}}, "training has the unknown key 'n_ways'; did you mean 'n_way'?"),
-        ({"training": {"n_way": 4}}, "episodes of 4 classes need 4 of them, and there are 3"),
-        ({"training": {"k_shot": 8}}, "class 0 has 10 samples, and an episode takes 8 + 3 of each class"),
+        ({"training": {"n_way": 4}}, "train data: episodes of 4 classes need 4 of them, and there are 3"),
+        (
+            {"training": {"k_shot": 8}},
+            "validation data: class 0 has 10 samples, and an episode takes 8 + 3 of each class",
+        ),
         ({"episodes": 3}, "config has the unknown key 'episodes'"),
     ],
 )
@@ -144,6 +170,25 @@ def test_bad_input_is_one_sentence(config, capsys, changes, message):
     assert main(["fewshot", config(**changes, **({} if "baselines" in changes else {"baselines": []}))]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_all_is_looked_at_before_any_baseline_runs(config, capsys, monkeypatch):
+    for name in ("finetune_baseline", "evaluate_episodes"):
+        monkeypatch.setattr(f"hf_atm.cli.fewshot.{name}", None)
+    assert main(["fewshot", config(training={"mixup_weight": 0.1, "head": "matching"})]) == 2
+    assert "latent MixUp needs prototypes" in capsys.readouterr().err
+
+
+def test_seeds_go_on_from_their_own_checkpoints(config, tmp_path):
+    settings = {"save_strategy": "epoch", "num_train_epochs": 2}
+    path = config(seeds=[0], training=settings, baselines=[])
+    assert main(["fewshot", path, "--output_dir", str(tmp_path / "run" / "seed-0"), "--quiet"]) == 0
+    alone = load_file(tmp_path / "run" / "seed-0" / "model.safetensors")
+    path = config(seeds=[0, 1], training=settings, baselines=[])
+    assert main(["fewshot", path, "--resume_from_checkpoint", "true", "--quiet"]) == 0
+    first, second = (load_file(tmp_path / "run" / f"seed-{seed}" / "model.safetensors") for seed in (0, 1))
+    assert all(torch.equal(first[name], alone[name]) for name in alone)
+    assert any(not torch.equal(first[name], second[name]) for name in alone)
 
 
 def test_the_table_has_means_over_seeds():

@@ -76,6 +76,7 @@ def test_degrees_are_one_hot_and_capped_at_the_training_maximum():
             ([2], [[[0, 1], [1, 0]]], [0], [np.ones((2, 3))], NodeFeatures("attributes", 4)),
             "3 features per node, and the training graphs 4",
         ),
+        (([2], [[[0, 1], [1, 0], [0, 1]]], [0]), "graph 0 has edges of shape \\(3, 2\\); give two rows"),
         (([2], [], [0]), "1 graphs, 0 lists of edges and 1 labels"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_atm.fewshot import FewShotModel, FewShotTrainer
+from hf_atm.fewshot import FewShotModel, FewShotTrainer, evaluate_episodes
 
 from .conftest import TinyEncoder, Vectors, collate
 from .test_model import bert, conditioned
@@ -45,6 +45,29 @@ def test_classes_may_have_different_numbers_of_samples():
     distances = torch.stack([(query[0] - prototype).square().sum() for prototype in prototypes])
     logits = model.classify_items(rows(data, [33]))[0]
     assert torch.allclose(logits, -model.head.scale * distances, atol=1e-4) and logits.argmax() == 1
+
+
+def test_an_open_scale_is_set_by_the_support_and_by_no_query():
+    data = Vectors()
+    models = [FewShotModel.from_encoder(TinyEncoder(), scale="auto").eval() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.set_support(data, [0, 30, 31, 60], collate)
+        assert model.head.calibrated and not model.head.pending
+    models[0].classify_items({"x": 100 * data[0]["x"][None]})
+    assert models[0].head.scale == models[1].head.scale
+    same = FewShotModel.from_encoder(TinyEncoder(), scale="auto").eval()
+    same.set_support([{"x": data[0]["x"], "label": label} for label in (0, 1)], item_collator=collate)
+    assert same.classify_items(rows(data, [0])).isfinite().all()
+
+
+def test_an_evaluation_leaves_an_open_scale_open():
+    data = Vectors()
+    model = FewShotModel.from_encoder(TinyEncoder(), scale="auto")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, again = (evaluate_episodes(model, data, 2, 2, 2, 8, item_collator=collate) for _ in range(2))
+    assert first == again and model.head.pending and not model.head.calibrated
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_the_support_is_saved_and_refreshed_after_a_change_of_weights(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..checkpoint import write_json
 from ..fewshot import FewShotConfig, FewShotModel, FewShotTrainer, GINEncoder, check_class_split, evaluate_episodes
@@ -35,6 +36,8 @@ _GIN_KEYS = ("encoder", "hidden_size", "num_layers", "pooling", "dropout", "norm
 _BACKBONE_KEYS = ("backbone", "pooling", "image")
 _GRAPH_KEYS = ("graphs", "features", "walk_length")
 _TU_KEYS = ("tu_dataset", "features", "walk_length", "base", "novel", "validation")
+# What a task of ATM says beside its data; here `training` says it, or nothing does.
+_NOT_OF_DATA = ("name", "problem_type", "metrics", "head", "n_way", "k_shot", "n_query")
 _BASELINES = ("untrained", "finetune", "node_statistics")
 
 
@@ -90,7 +93,7 @@ def read_few_shot(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Few
         raise ValueError(f"data needs exactly one of graphs, tu_dataset and dataset, and has {len(kinds)} of them")
     (kind,) = kinds
     if kind == "dataset":
-        known = tuple(f.name for f in fields(TaskSpec) if f.name not in ("name", "problem_type", "metrics"))
+        known = tuple(f.name for f in fields(TaskSpec) if f.name not in _NOT_OF_DATA)
         check_keys("data", data, (*known, "base", "novel"), required=("base", "novel"))
         check_keys("model", model, _BACKBONE_KEYS, required=("backbone",))
         model["backbone"] = resolve_reference(model["backbone"], folder)
@@ -99,6 +102,9 @@ def read_few_shot(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Few
         check_keys("model", model, _GIN_KEYS, required=("encoder",))
         if model["encoder"] != "gin":
             raise ValueError(f"model.encoder is {model['encoder']!r}; graphs are encoded by gin")
+    for part in ("base", "novel"):
+        if not isinstance(data.get(part, []), list):
+            raise ValueError(f"data.{part} must be a list of classes, not {data[part]!r}")
     if kind != "graphs":
         check_class_split(data.get("base", ()), data.get("novel", ()))
     data[kind] = resolve_dataset(str(data[kind]), root) if kind != "tu_dataset" else data[kind]
@@ -111,6 +117,8 @@ def read_few_shot(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Few
             raise ValueError(f"baselines has the unknown entry {name!r}; known: {', '.join(_BASELINES)}")
     if "node_statistics" in baselines and kind == "dataset":
         raise ValueError("the baseline node_statistics is for graphs; leave it out of baselines")
+    if "finetune" in baselines and model.get("norm") == "episode":
+        raise ValueError("the baseline finetune needs embeddings of single graphs; leave it out, or use norm: graph")
     training = dict(as_mapping("training", raw.get("training") or {}))
     training.setdefault("disable_tqdm", False)
     training.setdefault("eval_strategy", "epoch")
@@ -121,6 +129,13 @@ def read_few_shot(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Few
     seeds = raw.get("seeds", [args.seed])
     if not isinstance(seeds, list) or not seeds or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
         raise ValueError(f"seeds must be a list of whole numbers, not {seeds!r}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must differ, not {seeds!r}")
+    resume = resume_value(args.resume_from_checkpoint)
+    if isinstance(resume, str) and len(seeds) > 1:
+        raise ValueError(
+            f"resume_from_checkpoint={resume!r} belongs to one of {len(seeds)} seeds; use true, and each goes on from its own"
+        )
     episodes = raw.get("test_episodes", 5000)
     if isinstance(episodes, bool) or not isinstance(episodes, int) or episodes < 2:
         raise ValueError(f"test_episodes is {episodes!r}; use a whole number from 2")
@@ -142,9 +157,13 @@ def few_shot(config: str, overrides: Sequence[str] = (), quiet: bool = False) ->
     calm_libraries()
     data = _load(experiment)
     args: Any = experiment.args
-    for part, classes in ((data.train, data.base), (data.validation, data.base), (data.test, data.novel)):
+    parts = {"train": data.base, "validation": data.base, "test": data.novel}
+    for part, classes in parts.items():
         # Whether they suffice must not come to light after training.
-        EpisodeSampler(labels_of(part), args.n_way, args.k_shot, args.n_query, 1, classes)
+        try:
+            EpisodeSampler(labels_of(getattr(data, part)), args.n_way, args.k_shot, args.n_query, 1, classes)
+        except ValueError as error:
+            raise ValueError(f"{part} data: {error}") from None
     output = Path(args.output_dir)
     rows: dict[str, dict[int, dict[str, float]]] = {}
     for seed in experiment.seeds:
@@ -223,6 +242,18 @@ def _run(experiment: FewShotExperiment, data: _Data, args: FewShotConfig) -> dic
     """One seed: scores on novel classes by row."""
     pooling = experiment.model.get("pooling", "mean")
     encoder = _encoder(experiment.model, data, args.seed)
+    # First, since it knows best what it cannot do.
+    trainer = FewShotTrainer(
+        encoder,
+        args,
+        data.collator,
+        data.train,
+        data.validation,
+        train_classes=data.base,
+        eval_classes=data.base,
+        pooling=pooling,
+        processing_class=data.processing_class,
+    )
     rows: dict[str, dict[str, float]] = {}
     common = (args.n_way, args.k_shot, args.n_query, experiment.test_episodes, data.novel, args.seed)
 
@@ -248,21 +279,14 @@ def _run(experiment: FewShotExperiment, data: _Data, args: FewShotConfig) -> dic
     if "untrained" in experiment.baselines:
         plain = FewShotModel.from_encoder(copy.deepcopy(encoder), pooling, scale="auto")
         rows["before training"] = score(plain.to(args.device))
-    trainer = FewShotTrainer(
-        encoder,
-        args,
-        data.collator,
-        data.train,
-        data.validation,
-        train_classes=data.base,
-        eval_classes=data.base,
-        pooling=pooling,
-        processing_class=data.processing_class,
-    )
     calm_trainer(trainer)
     if not args.disable_tqdm:
         trainer.add_callback(_Bar())
-    trainer.train(resume_from_checkpoint=resume_value(args.resume_from_checkpoint))
+    resume = resume_value(args.resume_from_checkpoint)
+    if resume is True and len(experiment.seeds) > 1:
+        # A seed that was not begun has nothing to go on from.
+        resume = os.path.isdir(args.output_dir) and get_last_checkpoint(args.output_dir) is not None
+    trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     rows["trained"] = score(trainer.model)
     return rows

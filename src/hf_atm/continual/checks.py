@@ -55,6 +55,11 @@ def check_run(suite: ContinualSuite, order: list[list[str]], settings: Continual
     specs = {task: normalize_task(task, dict(spec)) for task, spec in suite.heads.items()}
     for task, spec in specs.items():
         check_episodes(task, spec, suite.train[task])
+        if spec.get("head") == "prototypical" and settings.method == "opcm" and len(order) > 1:
+            raise ValueError(
+                f"Task {task!r} has a prototypical head, whose prototypes would stay those of an earlier model where no data "
+                "are kept; use continual.method 'atm' with a replay, or leave head out."
+            )
     weights = task_weights(args.task_weights or "uniform", {task: len(data) for task, data in suite.train.items()})
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     for index, new in enumerate(order):

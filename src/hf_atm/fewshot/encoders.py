@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..multi_task_config import POOLINGS
 from ..task_modules import feature_width, fitting_inputs, mask_positions, pool_hidden
 
 
@@ -72,6 +73,8 @@ class PooledEncoder(EpisodeEncoder):
 
     def __init__(self, backbone: Any, pooling: str = "mean", embedding_dim: int | None = None) -> None:
         super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; known: {', '.join(POOLINGS)}.")
         width = embedding_dim or feature_width(backbone.config)
         if width is None:
             raise ValueError(f"{type(backbone.config).__name__} does not tell its width; set embedding_dim.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -87,6 +88,7 @@ def evaluate_episodes(
     sampler = EpisodeSampler(labels_of(dataset), n_way, k_shot, n_query, num_episodes, classes, seed)
     collator = EpisodeCollator(item_collator, dataset)
     training, device = model.training, next(model.parameters()).device
+    uncalibrated = copy.deepcopy(model.head.state_dict()) if getattr(model.head, "pending", False) else None
     model.eval()
     try:
         table, places = None, np.zeros(0, dtype=np.int64)
@@ -110,6 +112,9 @@ def evaluate_episodes(
             scores.append(f1)
     finally:
         model.train(training)
+        if uncalibrated:
+            # A scale that these episodes set is not for what comes after.
+            model.head.load_state_dict(uncalibrated)
     summary = summarize_episodes(np.concatenate(accuracies), np.concatenate(scores))
     return {"loss": math.fsum(losses) / num_episodes, **summary}
 

@@ -47,8 +47,8 @@ class GINEncoder(EpisodeEncoder):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1.")
         for name, choice, known in (("pooling", pooling, POOLINGS), ("norm", norm, NORMS)):
             if choice not in known:
                 raise ValueError(f"{name} is {choice!r}; known: {', '.join(known)}.")

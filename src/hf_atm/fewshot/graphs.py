@@ -140,7 +140,7 @@ class GraphDataset(Dataset):
             raise ValueError("there is no graph; give at least one.")
         if (sizes < 1).any():
             raise ValueError(f"graph {int((sizes < 1).argmax())} has no nodes; leave it out.")
-        arrays = [np.asarray(edge, dtype=np.int64).reshape(2, -1) for edge in edges]
+        arrays = [_edges(row, edge) for row, edge in enumerate(edges)]
         for row, (edge, size) in enumerate(zip(arrays, sizes, strict=True)):
             if edge.size and not 0 <= edge.min() <= edge.max() < size:
                 wrong = edge.max() if edge.max() >= size else edge.min()
@@ -189,6 +189,15 @@ class GraphDataset(Dataset):
             None if lacking else [x.numpy() for x in attributes],
             **kwargs,
         )
+
+
+def _edges(row: int, edges: Any) -> np.ndarray:
+    array = np.asarray(edges, dtype=np.int64)
+    if array.size == 0:
+        return array.reshape(2, 0)
+    if array.ndim != 2 or len(array) != 2:
+        raise ValueError(f"graph {row} has edges of shape {array.shape}; give two rows, sources and targets.")
+    return array
 
 
 def _stack(attributes: Sequence[np.ndarray], sizes: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
+HEADS = ("matching", "prototypical")
 DISTANCES = ("cosine", "sqeuclidean")
 
 
@@ -136,7 +137,8 @@ class PrototypicalHead(nn.Module):
     def calibrate(self, query: torch.Tensor, prototypes: torch.Tensor) -> None:
         """Sets the scale from the first of the episodes given."""
         one = -prototype_logits(query, prototypes, 1.0).reshape(-1, *query.shape[-2:-1], prototypes.shape[-2])[0]
-        self.scale.fill_(10 / one.mean().clamp_min(torch.finfo(one.dtype).tiny))
+        # Samples that are all the same have no distance to go by.
+        self.scale.fill_((10 / one.mean().double().clamp_min(1e-30)).clamp_max(1e30))
         self.calibrated.fill_(True)
         self.pending = False
 

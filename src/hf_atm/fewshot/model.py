@@ -17,11 +17,8 @@ from .. import backbones
 from .conditioning import TaskConditioning
 from .encoders import EpisodeEncoder, PooledEncoder
 from .gin import GINEncoder
-from .heads import MatchingHead, PrototypicalHead, class_means
+from .heads import HEADS, MatchingHead, PrototypicalHead, class_means
 from .support import SupportMixin
-
-
-HEADS = ("matching", "prototypical")
 
 
 class FewShotModelConfig(PreTrainedConfig):

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from .heads import HEADS, check_scale
 from .mixup import MASKS
 
 
@@ -78,6 +79,12 @@ class FewShotConfig(TrainingArguments):
                 self.scale = float(self.scale)
             except ValueError:
                 raise ValueError(f"scale is {self.scale!r}; use a number above 0, or 'auto'.") from None
+        if self.head not in HEADS:
+            raise ValueError(f"head is {self.head!r}; known: {', '.join(HEADS)}.")
+        if self.scale is not None:
+            check_scale(self.scale, self.distance)
+        if self.conditioning and self.head == "matching":
+            raise ValueError("conditioning needs prototypes, which head='matching' has not; use head='prototypical'.")
         if self.dataloader_persistent_workers:
             raise ValueError(
                 "dataloader_persistent_workers=True would repeat the first epoch's episodes; leave it off."

@@ -66,6 +66,11 @@ class SupportMixin(PreTrainedModel):
             "classes": classes,
         }
         self.refresh_prototypes(dataset, item_collator)
+        if getattr(self.head, "pending", False):
+            # By the support, or the first batch to be classified would decide.
+            support = self.get_buffer("support_embeddings")[..., 1]
+            head: Any = self.head
+            head.calibrate(support, class_means(support, self._support_labels()))
 
     @torch.no_grad()
     def refresh_prototypes(self, dataset: Any, item_collator: Callable | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from hf_atm.merging import merge_checkpoints
 from hf_atm.merging.checkpoints import staging
 
-from .testing_utils import load_checkpoint, write_checkpoint, write_models
+from .testing_utils import SHAPES, load_checkpoint, write_checkpoint, write_models
 
 
 @pytest.fixture
@@ -172,3 +172,9 @@ def test_notes_say_what_might_surprise(tmp_path):
         "parameters": {"density": 0.5, "normalize": False},
     }
     assert merge(plain, tmp_path / "out", dry_run=True).notes == []
+
+
+def test_merged_prototypes_are_pointed_out(tmp_path):
+    recipe = write_models(tmp_path, shapes={**SHAPES, "heads.few.prototypes": (3, 4)})
+    (note,) = merge(recipe, tmp_path / "out", dry_run=True).notes
+    assert "heads.few.prototypes" in note and "hf_atm.refresh_prototypes" in note

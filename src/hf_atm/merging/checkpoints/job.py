@@ -206,6 +206,12 @@ def open_job(
         notes.append(f"Stored once, as they are tied to others: {', '.join(sorted(dropped))}.")
     if rule.requires_base and (note := half_precision_note(readers, plan.leaders)):
         notes.append(note)
+    prototypes = sorted(name for name in plan.reference if name.endswith(".prototypes"))
+    if prototypes:
+        notes.append(
+            f"Prototypes are merged as numbers, and are not those of the merged weights ({', '.join(prototypes)}): load the "
+            "model, call hf_atm.refresh_prototypes with the task's data, and save it."
+        )
     notes += _surprises(recipe, rule.name, inputs)
     code = list_side_files(reference.path)[1] if not recipe.copy_code else []
     if code:
