@@ -165,11 +165,14 @@ def test_private_modules_train_in_their_own_segments_only(tmp_path):
     assert not any("LayerNorm" in name for name in trainer.base_state)
     trainer.save_model(str(tmp_path / "saved"))
     loaded = MultiTaskModel.from_pretrained(tmp_path / "saved").eval()
+    kept = loaded.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in trainer.model.state_dict().items())
     ids = torch.randint(1, 32, (3, 6))
     for task in SPECS:
         with torch.no_grad():
             expected = trainer.model.eval()(input_ids=ids, task=task).logits
-            assert torch.equal(loaded(input_ids=ids, task=task).logits, expected)
+            # Where weights lie in memory may change the last digit of a product.
+            assert torch.allclose(loaded(input_ids=ids, task=task).logits, expected, atol=1e-6)
     for step in (3, 6, 9):
         resumed = make_trainer(tmp_path / f"resumed-{step}", bert(), **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
