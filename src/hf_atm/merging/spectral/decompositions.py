@@ -19,8 +19,9 @@ _WEAK = 1 / 32
 # Below this ratio of singular values, rounding mixes the vectors with those of still weaker ones.
 _MIXED = 1e-4
 
-# From this size on, leaving eigenvectors out saves more than torch's solver of all of them gains.
-_LARGE = 2048
+# From this size on, SciPy's LAPACK, which can leave eigenvectors out, is faster than torch's solver of all of them; that
+# one gains most from wide registers.
+_LARGE = 256 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 2048
 
 _EPS = torch.finfo(torch.float32).eps
 _FAILURES = (torch.linalg.LinAlgError, lapack.LinAlgError)
