@@ -173,6 +173,16 @@ def test_patience_stops_and_keeps_the_best(settings):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
+def test_patience_with_several_sets_asks_for_one_of_them(settings):
+    sets = {"a": Vectors(seed=3), "b": Vectors(seed=4)}
+    wish = {"num_train_epochs": 1, "patience": 1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="metric_for_best_model is 'loss', but .* choose one, as 'a_loss'"):
+        trainer(settings(**wish), evaluation=sets)
+    run = trainer(settings(**wish, metric_for_best_model="b_loss"), evaluation=sets)
+    run.train()
+    assert run.state.best_metric == pytest.approx(run.evaluate()["eval_b_loss"], rel=1e-5)
+
+
 def test_the_settings_parse_from_the_command_line(tmp_path):
     (parsed,) = HfArgumentParser(FewShotConfig).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--n_way", "4", "--scale", "90", "--conditioning", "true", "--use_cpu", "true"]

@@ -81,6 +81,8 @@ class FewShotTrainer(Trainer):
             if part is not None:
                 EpisodeSampler(labels_of(part), *shape, args.eval_episodes, self.eval_classes)
                 EpisodeCollator(data_collator, part)
+        if args.load_best_model_at_end and isinstance(eval_dataset, dict):
+            _check_best(args.metric_for_best_model or "loss", list(eval_dataset))
         sampler, collator = None, None
         if train_dataset is not None:
             sampler = EpisodeSampler(
@@ -180,3 +182,12 @@ class FewShotTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
+
+
+def _check_best(metric: str, names: list[str]) -> None:
+    """Refuse to choose by what evaluation on several data sets will not report, which the Trainer sees an epoch late."""
+    if not any(metric.removeprefix("eval_").startswith(f"{name}_") for name in names):
+        raise ValueError(
+            f"metric_for_best_model is {metric!r}, but with several evaluation sets each has its own; choose one, as "
+            f"{f'{names[0]}_loss'!r}."
+        )
