@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import squeezenet  # noqa: F401  (registers the backbone of the vision suite)
 import torch
+import yaml
 
 from hf_atm.cli.main import main
 
@@ -30,6 +31,12 @@ from hf_atm.cli.main import main
 HERE = Path(__file__).parent
 STEPS_PER_ROUND = 20
 SHORT = ["joint", "joint, faster heads", "mean, 10 x 20", "recommended"]
+
+
+def short_members(suite: str) -> list[str]:
+    """What a run of few rounds compares: those of `SHORT` that the suite has."""
+    known = yaml.safe_load((HERE / f"{suite}.yaml").read_text(encoding="utf-8"))["compare"]["members"]
+    return [member for member in SHORT if member in known]
 
 
 def has_bfloat16() -> bool:
@@ -51,7 +58,7 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: %(default)s)")
     options, rest = parser.parse_known_args()
     torch.set_num_threads(options.threads)
-    members = options.members or (None if options.rounds == 10 else SHORT)
+    members = options.members or (None if options.rounds == 10 else short_members(options.suite))
     arguments = ["compare", str(HERE / f"{options.suite}.yaml"), "--seeds", *map(str, options.seeds)]
     arguments += ["--steps", str(options.rounds * STEPS_PER_ROUND), "--num_rounds", str(options.rounds)]
     arguments += ["--output_dir", options.output or f"runs/quality/{options.suite}-{options.rounds}"]
