@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from hf_atm import ATMCallback, ATMTrainer, MultiTaskModel, PrototypicalTaskHead, refresh_prototypes
 from hf_atm.baselines.joint import JointTrainer
 from hf_atm.baselines.one_shot import OneShotMerges
+from hf_atm.episodic import prototypical_head
 from hf_atm.refine import refine, refine_arguments
 from tests.reference import prototypical_loop
 from tests.testing_utils import accuracy, largest_difference, make_config, make_data, parameters_of
@@ -297,6 +298,29 @@ def test_beside_an_adapter(tmp_path, mode):
     if mode == "delta":
         loaded = MultiTaskModel.from_pretrained(tmp_path / "saved")
         torch.testing.assert_close(loaded(input_ids=ids, task="few").logits, logits)
+
+
+@pytest.mark.parametrize("mode", ["delta", "svd"])
+def test_adapters_of_experts_have_prototypes_of_their_own(tmp_path, mode):
+    data = bert_data()
+    trainer = trainer_of(
+        tmp_path / "run", bert_of(), data=data, peft_config=LoraConfig(r=2, target_modules=["query", "value"]),
+        lora_merge_mode=mode, learning_rate=0.5,
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    merged = bert_of() if mode == "svd" else MultiTaskModel.from_pretrained(tmp_path / "saved")
+    of_merged = prototypical_head(trainer.model, "few").prototypes.clone()
+    expert = PeftModel.from_pretrained(merged, tmp_path / "saved" / "adapters" / "few").eval()
+    backbone = expert.get_base_model().backbone
+    hidden = backbone(input_ids=torch.tensor(data["few"]["input_ids"])).last_hidden_state.mean(1)
+    expected = hidden.detach().view(3, 5, -1).mean(1)
+    torch.testing.assert_close(prototypical_head(expert, "few").prototypes, expected, atol=1e-5, rtol=0)
+    assert (expected - of_merged).abs().max() > 1e-3
+    # Saving has left the merged model as it was.
+    assert torch.equal(prototypical_head(trainer.model, "few").prototypes, of_merged)
+    trainer.save_model(str(tmp_path / "again"))
+    assert torch.equal(prototypical_head(trainer.model, "few").prototypes, of_merged)
 
 
 def test_a_head_without_prototypes_says_so():

@@ -69,15 +69,15 @@ def save_expert_adapters(model: PeftModel, rounds: RoundState, output_dir: str, 
         beside = f"{folder}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         if space.mode == "svd":
-            live, parameters = space.snapshot(), dict(model.named_parameters())
-            heads = {name: parameters[name].detach().clone() for name in rounds.expert_heads.get(task, {})}
+            live, held = space.snapshot(), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            heads = {name: held[name].detach().clone() for name in rounds.expert_heads.get(task, {})}
             space.restore(vector.tensors)
             for name in heads:
-                parameters[name].copy_(rounds.expert_heads[task][name])
+                held[name].copy_(rounds.expert_heads[task][name])
             model.save_pretrained(beside)
             space.restore(live)
             for name, value in heads.items():
-                parameters[name].copy_(value)
+                held[name].copy_(value)
         else:
             _save_difference(model, rounds, task, moves, beside, base_name)
         os.rename(beside, folder)

@@ -173,3 +173,18 @@ def refresh_tasks(trainer: Any, tasks: Iterable[str] | None = None) -> None:
         if isinstance(data, EpisodicDataset):
             collate = partial(trainer.data_collator.collate, task)
             refresh_prototypes(trainer.model, task, data.dataset, collate, trainer.args.per_device_eval_batch_size)
+
+
+def expert_prototypes(trainer: Any, task: str) -> dict[str, torch.Tensor]:
+    """Prototypes of a task from the weights as they are, by buffer name; nothing if it has none.
+
+    Args:
+        trainer ([`ATMTrainer`]): The trainer, whose model has the task's own weights.
+        task (`str`): The task.
+    """
+    if not isinstance(trainer.atm.datasets.get(task), EpisodicDataset):
+        return {}
+    refresh_tasks(trainer, [task])
+    head = prototypical_head(trainer.model, task)
+    buffers = dict(trainer.model.named_buffers())
+    return {name: buffer.clone() for name, buffer in buffers.items() if head is not None and buffer is head.prototypes}

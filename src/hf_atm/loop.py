@@ -15,7 +15,7 @@ from transformers import Trainer
 from .callbacks import ATMCallback
 from .checkpoint import load_tensors
 from .data import RoundDataset, head_step_counts, segment_length
-from .episodic import refresh_tasks, with_episodes
+from .episodic import expert_prototypes, refresh_tasks, with_episodes
 from .learning_rate import learning_rate_multiplier
 from .loop_checkpoint import ResumableLoop
 from .loop_diagnostics import RoundDiagnostics
@@ -273,8 +273,10 @@ class ATMLoop(LoopReport, ResumableLoop):
             norm = self.rounds.capture(task, self._entry_weights())
             control = self.emit("on_task_end", state, control, round=segment.round, task=task, task_vector_norm=norm)
             self.memory.end(self.trainer.optimizer, task)
-            if self.plan.settles and self.rounds.space.compact:
-                self.rounds.expert_heads[task] = self.groups.head_values(task)
+            if self.rounds.space.compact:
+                # What the merged model's head will not have: values before it settled, prototypes of these weights.
+                settled = self.groups.head_values(task) if self.plan.settles else {}
+                self.rounds.expert_heads[task] = settled | expert_prototypes(self.trainer, task)
             if self.plan.is_merge(state.global_step):
                 self.merge_record = self._merge(segment.round).to_dict()
                 self.memory.merge()

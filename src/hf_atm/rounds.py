@@ -85,7 +85,7 @@ class RoundState(RoundCheckpoint):
         self.method_kwargs = {key: value for key, value in merge_kwargs.items() if key != "scaling_coefficient"}
         self._weigh(weights)
         self.merged_vectors: dict[str, TaskVector] = {}
-        # Heads as the experts of the last merge had them, where they have gone on learning since.
+        # What the experts of the last merge had in their heads and the merged model has not.
         self.expert_heads: dict[str, dict[str, Tensor]] = {}
         self._clear()
 
