@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from hf_atm import ATMCallback, checkpoint
 from tests.testing_utils import METRICS, TinyModel, largest_difference, make_data, make_trainer, parameters_of
 
 
 SIZES = {"colour": 24, "shape": 16, "size": 16}
+EVAL = {task: make_data(task, 8) for task in SIZES}
 STEPS = 7  # per round, at a batch of 8: 3 + 2 + 2
 
 ADAM = {"optim": "adamw_torch", "learning_rate": 0.01}
@@ -125,6 +127,44 @@ def test_with_random_augmentation(tmp_path, workers):
 
 def test_with_an_adapter_and_ties(tmp_path):
     check_checkpoints(tmp_path, lora=True, merge_method="ties", merge_kwargs={"density": 0.5}, outer_momentum=0.5)
+
+
+def adapters_in(folder):
+    return {path.parent.name: load_file(path) for path in Path(folder, "adapters").glob("*/adapter_model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_merge_mode": "delta"},
+        {"lora_merge_mode": "svd"},
+        {"merge_method": "ties", "merge_kwargs": {"density": 0.5}, "outer_momentum": 0.5},
+        {
+            "task_vector_surgery": "pcgrad",
+            "max_task_vector_norm": 0.05,
+            "task_weights": "loss_gap",
+            "eval_dataset": EVAL,
+        },
+    ],
+)
+def test_experts_of_an_adapter_are_written_as_if_nothing_had_happened(tmp_path, changes):
+    changes = {**changes, "lora": True, "head_steps": 1}
+    whole = build(tmp_path / "whole", **changes)
+    whole.train()
+    whole.save_model(str(tmp_path / "expected"))
+    expected = adapters_in(tmp_path / "expected")
+    assert set(expected) == set(SIZES) and any("heads" in name for name in expected["colour"])
+    # In the last round: after the first task, in the second, after the merge while heads settle; and after the end.
+    steps = whole.state.max_steps
+    for step in (steps - STEPS + 2, steps - STEPS + 3, steps - 2, steps):
+        resumed = build(tmp_path / str(step), **{**changes, "save_strategy": "no"})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        resumed.save_model(str(tmp_path / "resumed"))
+        found = adapters_in(tmp_path / "resumed")
+        assert set(found) == set(SIZES), step
+        for task, tensors in expected.items():
+            assert largest_difference(found[task], tensors) == 0.0, (step, task)
+        shutil.rmtree(tmp_path / "resumed")
 
 
 def test_evaluation_in_between_changes_nothing(tmp_path):

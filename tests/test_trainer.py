@@ -9,6 +9,7 @@ import math
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 from hf_atm import ATMCallback, ATMConfig, ATMMixin, ATMTrainer, TaskDataset
@@ -149,13 +150,15 @@ def test_best_model_and_early_stopping_follow_the_average(tmp_path):
     assert trainer.state.best_model_checkpoint.startswith(str(tmp_path / "checkpoint-"))
 
 
-def test_the_best_lora_model_comes_back_with_its_base_weights(tmp_path):
+@pytest.mark.parametrize(("mode", "only_model"), [("delta", False), ("svd", False), ("svd", True)])
+def test_the_best_lora_model_comes_back_with_its_base_weights_and_experts(tmp_path, mode, only_model):
     from peft import LoraConfig
 
     class Spoil(ATMCallback):
         def on_round_end(self, args, state, control, *, round, model, **kwargs):
             if round == 0:
                 self.kept = parameters_of(model)
+                trainer.save_model(str(tmp_path / "first"))
 
     spoil = Spoil()
     trainer = make_trainer(
@@ -165,6 +168,8 @@ def test_the_best_lora_model_comes_back_with_its_base_weights(tmp_path):
         compute_metrics=METRICS,
         callbacks=[spoil],
         peft_config=LoraConfig(r=2, target_modules=["body.0"]),
+        lora_merge_mode=mode,
+        save_only_model=only_model,
         num_rounds=3,
         learning_rate=0.3,
         eval_strategy="epoch",
@@ -178,6 +183,16 @@ def test_the_best_lora_model_comes_back_with_its_base_weights(tmp_path):
     trainer.args.greater_is_better = True
     trainer.train()
     assert largest_difference(parameters_of(trainer.model), spoil.kept) == 0.0
+    trainer.save_model(str(tmp_path / "best"))
+    if only_model:  # such checkpoints hold no experts, and those of the last round are not this model's
+        assert not (tmp_path / "best" / "adapters" / "colour").exists()
+        return
+    for task in TASKS:
+        best, first = (
+            load_file(tmp_path / folder / "adapters" / task / "adapter_model.safetensors")
+            for folder in ("best", "first")
+        )
+        assert largest_difference(best, first) == 0.0
 
 
 def test_logs_name_round_and_task(tmp_path):

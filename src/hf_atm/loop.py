@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import Trainer
 
 from .callbacks import ATMCallback
-from .checkpoint import load_tensors
 from .data import RoundDataset, head_step_counts, segment_length
 from .episodic import expert_prototypes, refresh_tasks, with_episodes
 from .learning_rate import learning_rate_multiplier
@@ -27,7 +26,6 @@ from .moments import OptimizerMemory
 from .outer import OuterOptimizer, loss_gap_weights, task_weights
 from .parameters import ParameterGroups
 from .realignment import Realignment
-from .round_checkpoint import under
 from .rounds import RoundState
 from .schedule import Position, RoundPlan, Segment
 from .seeding import derive_seed, seed_everything
@@ -276,7 +274,7 @@ class ATMLoop(LoopReport, ResumableLoop):
             if self.rounds.space.compact:
                 # What the merged model's head will not have: values before it settled, prototypes of these weights.
                 settled = self.groups.head_values(task) if self.plan.settles else {}
-                self.rounds.expert_heads[task] = settled | expert_prototypes(self.trainer, task)
+                self.rounds.heads[task] = settled | expert_prototypes(self.trainer, task)
             if self.plan.is_merge(state.global_step):
                 self.merge_record = self._merge(segment.round).to_dict()
                 self.memory.merge()
@@ -340,14 +338,8 @@ class ATMLoop(LoopReport, ResumableLoop):
         """A run that stops inside a round leaves the last merged weights, unless the best ones were just loaded."""
         self.running = False
         self.groups.train_shared(True)
-        loaded_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if loaded_best:
-            tensors = load_tensors(state.best_model_checkpoint)
-            self.rounds.load_weights(tensors)
-            self.groups.load_copies(under(tensors, "private"))
-            if state.best_global_step != state.global_step:
-                # Experts that are kept for export belong to the last round.
-                self.rounds.merged_vectors = {}
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best(state)
         elif not self.plan.is_round_end(state.global_step):
             self.rounds.restore()
         refresh_tasks(self.trainer)

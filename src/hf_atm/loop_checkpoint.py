@@ -131,3 +131,12 @@ class ResumableLoop:
             self.diagnostics.load(stored.get("diagnostics", {}), tensors)
         for name in _PROGRESS:
             setattr(self, name, stored[name])
+
+    def _load_best(self, state: Any) -> None:
+        """What the Trainer's best weights lack, and the experts of the round that they are from."""
+        folder = state.best_model_checkpoint
+        tensors = load_tensors(folder)
+        self.rounds.load_weights(tensors)
+        self.groups.load_copies(under(tensors, "private"))
+        if state.best_global_step != state.global_step:
+            self.rounds.load_experts({} if self.args.save_only_model else load_values(folder)["rounds"], tensors)

@@ -104,6 +104,7 @@ class RoundState(RoundCheckpoint):
         self.entry_weights: dict[str, Mapping[str, Tensor]] = {}
         self.sketches: dict[str, Tensor] = {}
         self.task_statistics: dict[str, dict[str, Tensor]] = {}
+        self.heads: dict[str, dict[str, Tensor]] = {}
 
     def open(self) -> None:
         """Start a round from the live model."""
@@ -255,6 +256,7 @@ class RoundState(RoundCheckpoint):
         # The next round starts here. Small vectors stay for export; large ones have done their work.
         self.base_statistics = self._read_statistics()
         self.merged_vectors = self.vectors if self.space.compact or self.keep else {}
+        self.expert_heads = self.heads
         self._clear()
         return MergeReport(
             round=round_index,
