@@ -8,8 +8,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from peft import LoraConfig
+from safetensors.torch import load_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,7 +24,7 @@ from hf_atm import MultiTaskModel
 from hf_atm.metrics import build_compute_metrics
 
 from .hub_server import OURS, Fault
-from .testing_utils import make_trainer
+from .testing_utils import METRICS, TASKS, TinyModel, largest_difference, make_data, make_trainer, parameters_of
 
 
 SPECS = {"a": {"num_labels": 2}, "b": {"num_labels": 3}}
@@ -192,3 +193,19 @@ def test_an_upload_names_the_folder_when_no_id_is_given(hub, tmp_path):
     trainer.push_to_hub()
     assert set(hub.repositories) == {"me/my-run"}
     assert Path(tmp_path / "my-run" / "README.md").is_file()
+
+
+def test_a_module_without_a_configuration_is_uploaded_with_its_card(hub, tmp_path):
+    data = {task: make_data(task, 16) for task in TASKS}
+    trainer = make_trainer(
+        tmp_path / "own", train_dataset=data, eval_dataset=data, compute_metrics=METRICS, eval_strategy="epoch"
+    )
+    trainer.train()
+    trainer.push_to_hub(license="mit", tags="mine")
+    assert {"model.safetensors", "README.md"} <= set(pushed(hub, "me/own"))
+    card = ModelCard.load(tmp_path / "own" / "README.md")
+    assert {"atm", "mine"} <= set(card.data.tags) and card.data.license == "mit" and "# own" in card.text
+    assert 'load_model(model, hf_hub_download("me/own", "model.safetensors"))' in card.text
+    copy = TinyModel()
+    load_model(copy, hf_hub_download("me/own", "model.safetensors"))
+    assert largest_difference(parameters_of(copy), parameters_of(trainer.model)) == 0.0

@@ -89,12 +89,15 @@ class SavingMixin:
         host: Any = self
         tags = kwargs.get("tags") or []
         kwargs["tags"] = [*([tags] if isinstance(tags, str) else tags), "atm", "model-merging"]
-        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        # The host's card reads the model's configuration, which a module of one's own need not have.
+        configured = hasattr(host.model, "config")
+        if configured:
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         # Some hosts write a card with every checkpoint; pictures can wait for the end.
         if self._staging is not None or not host.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
-        known = ModelCard.load(folder / "README.md").data
+        known = ModelCard.load(folder / "README.md").data.to_dict() if configured else kwargs
         try:
             write_card(
                 folder,
@@ -105,7 +108,8 @@ class SavingMixin:
                 tags=known.get("tags") or (),
             )
         except (FileNotFoundError, ValueError) as error:
-            logger.warning_once(f"The model card is the Trainer's own, without results of the rounds: {error}")
+            missing = "is the Trainer's own, without results of the rounds" if configured else "could not be written"
+            logger.warning_once(f"The model card {missing}: {error}")
 
     # ---- The Hub ----
 

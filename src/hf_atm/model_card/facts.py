@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import SAFE_WEIGHTS_NAME
+
 from ..checkpoint import REPORT_NAME
 
 
@@ -22,7 +24,7 @@ class CardFacts:
     Args:
         name (`str`): what to call the model.
         report (`dict`): `atm_report.json`.
-        config (`dict`): `config.json`, or `adapter_config.json`.
+        config (`dict`): `config.json`, or `adapter_config.json`; empty for a module without a configuration.
         test (`dict`): `test_metrics.json`, empty without one.
         exports (`dict[str, str]`): class of the stock model of each task that has one in `tasks/`.
         adapters (`list[str]`): tasks with an adapter in `adapters/`.
@@ -96,7 +98,11 @@ def read_facts(
             f"{str(folder / REPORT_NAME)!r} holds no finished round of this version; run the training again."
         )
     config_name = "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
-    config = _json(folder / config_name, "call trainer.save_model() first")
+    # A module of one's own is saved as nothing but its weights.
+    bare = (
+        config_name == "config.json" and not (folder / config_name).exists() and (folder / SAFE_WEIGHTS_NAME).is_file()
+    )
+    config = {} if bare else _json(folder / config_name, "call trainer.save_model() first")
     test = folder / "test_metrics.json"
     return CardFacts(
         name=name or folder.resolve().name,

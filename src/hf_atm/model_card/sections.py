@@ -49,6 +49,11 @@ def usage(facts: CardFacts, repository: str) -> str:
         )
     if "tasks" in facts.config:
         return _multi_task(repository, facts.tasks[0])
+    if not facts.config:
+        return "The weights of a module of one's own; `model` is an instance of it.\n\n" + code_block(
+            "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_model\n\n"
+            f'load_model(model, hf_hub_download("{repository}", "model.safetensors"))'
+        )
     auto = auto_class((facts.config.get("architectures") or [""])[0])
     return code_block(f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{repository}")')
 
