@@ -97,7 +97,7 @@ class SavingMixin:
         if self._staging is not None or not host.is_world_process_zero():
             return
         folder = Path(self.args.output_dir)
-        known = ModelCard.load(folder / "README.md").data.to_dict() if configured else kwargs
+        known: Any = ModelCard.load(folder / "README.md").data if configured else kwargs
         try:
             write_card(
                 folder,

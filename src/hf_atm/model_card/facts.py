@@ -99,9 +99,7 @@ def read_facts(
         )
     config_name = "adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json"
     # A module of one's own is saved as nothing but its weights.
-    bare = (
-        config_name == "config.json" and not (folder / config_name).exists() and (folder / SAFE_WEIGHTS_NAME).is_file()
-    )
+    bare = not (folder / config_name).exists() and (folder / SAFE_WEIGHTS_NAME).is_file()
     config = {} if bare else _json(folder / config_name, "call trainer.save_model() first")
     test = folder / "test_metrics.json"
     return CardFacts(
